@@ -1,0 +1,16 @@
+"""The one exception for what a user can cause and mend: a command shows its text as one line and exits with status 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Names the setting or file, its value, the rule and the fix; shown without a traceback."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped name: `; did you mean "x"?`, or the empty string where nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f'; did you mean "{near[0]}"?' if near else ""

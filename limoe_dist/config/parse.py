@@ -1,0 +1,85 @@
+"""From names and files to a Run: presets by name, run.json by path. Every error is a sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from limoe_dist.config.errors import UserError, nearest
+from limoe_dist.config.presets import names, preset
+from limoe_dist.config.schema import Run
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def preset_named(name: str) -> Run:
+    """The preset's run. Raises UserError with the nearest name."""
+    known = names()
+    if name not in known:
+        raise UserError(f'unknown preset "{name}"{nearest(name, known)} (presets: {", ".join(known)})')
+    return preset(name)
+
+
+def load_run(path: Path) -> Run:
+    """Reads a run.json. Raises UserError for a missing file, text that is not JSON, unknown keys and wrong values."""
+    return parse_model(Run, path)
+
+
+def parse_model(kind: type[T], path: Path) -> T:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in sentences(error, kind))) from None
+
+
+def sentences(error: ValidationError, kind: type[BaseModel]) -> list[str]:
+    """One sentence for each problem that pydantic found; an unknown key gets the nearest known one."""
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {place}{nearest(place, known_keys(kind))}")
+        else:
+            value = json.dumps(problem["input"], default=str)
+            value = value if len(value) <= 60 else value[:57] + "..."
+            lines.append(f"{place or 'the file'}={value}: {problem['msg']}")
+    return lines
+
+
+def known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all settings below a model."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside the path and renames, so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_run(run: Run, path: Path) -> None:
+    write_atomically(path, run.model_dump_json(indent=2) + "\n")
+
+
+def fingerprint(run: Run) -> str:
+    """A short hash of what decides a run's results: everything but paths, layout, logging and saving."""
+    content = run.model_dump(mode="json", exclude={"preset", "parallel", "log", "checkpoint", "eval"})
+    for name in ("threads", "prefetch"):
+        content["data"].pop(name)
+    content["train"].pop("stop_grace_s")
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,124 @@
+"""Rules that join several settings. Each broken rule is one sentence: the setting, its value, the rule and the fix."""
+
+from __future__ import annotations
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.schema import Run
+
+
+class ConfigError(UserError):
+    """Settings that cannot train; `problems` holds one sentence for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def check(run: Run, *, world: int | None = None) -> None:
+    """Raises ConfigError with every broken rule of the run, and of its layout where `world` (ranks) is given."""
+    problems = [*_model(run), *_moe(run), *_schedule(run)]
+    if world is not None:
+        problems += _layout(run, world)
+    if problems:
+        raise ConfigError(problems)
+
+
+def divisors(number: int, *, up_to: int | None = None) -> list[int]:
+    return [d for d in range(1, (up_to or number) + 1) if number % d == 0]
+
+
+def _choices(values: list[int]) -> str:
+    texts = [str(value) for value in values]
+    return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " or " + texts[-1]
+
+
+def _model(run: Run) -> list[str]:
+    problems = []
+    if run.model.width % run.model.heads:
+        problems.append(
+            f"model.heads={run.model.heads} must divide model.width={run.model.width}: "
+            f"use {_choices(divisors(run.model.width, up_to=64))}"
+        )
+    if run.image.size % run.image.patch:
+        nearest = max(1, run.image.size // run.image.patch) * run.image.patch
+        problems.append(
+            f"image.patch={run.image.patch} must divide image.size={run.image.size}: use image.size={nearest}"
+        )
+    problems += [
+        f'eval.templates: "{template}" must hold {{}} where the class name goes'
+        for template in run.eval.templates
+        if "{}" not in template
+    ]
+    return problems
+
+
+def _moe(run: Run) -> list[str]:
+    moe = run.moe
+    if not moe.blocks:
+        return []
+    problems = []
+    if outside := [block for block in moe.blocks if block >= run.model.depth]:
+        problems.append(
+            f"moe.blocks={moe.blocks}: block {outside[0]} does not exist; "
+            f"blocks are numbered 0 to {run.model.depth - 1} (model.depth={run.model.depth})"
+        )
+    if len(set(moe.blocks)) != len(moe.blocks) or tuple(sorted(moe.blocks)) != moe.blocks:
+        problems.append(f"moe.blocks={moe.blocks} must rise, each block once: use {tuple(sorted(set(moe.blocks)))}")
+    if moe.top_k > moe.num_experts:
+        problems.append(f"moe.top_k={moe.top_k} must not exceed moe.num_experts={moe.num_experts}")
+    for name in ("image", "text"):
+        wanted = getattr(moe, f"min_{name}_experts")
+        if getattr(moe, f"global_{name}") and not 1 <= wanted <= moe.num_experts:
+            problems.append(
+                f"moe.min_{name}_experts={wanted:g} can never be met with moe.num_experts={moe.num_experts}: "
+                f"use 1 to {moe.num_experts}"
+            )
+    if moe.load and not moe.noise_std:
+        problems.append(f"moe.load={moe.load:g} needs router noise: set moe.noise_std above 0 (the paper's is 1)")
+    return problems
+
+
+def _schedule(run: Run) -> list[str]:
+    optim, steps = run.optim, run.train.steps
+    if optim.warmup_steps + optim.cooldown_steps > steps:
+        return [
+            f"optim.warmup_steps={optim.warmup_steps} and optim.cooldown_steps={optim.cooldown_steps} "
+            f"must fit into train.steps={steps}: use at most {steps // 10} and {steps // 2}, or more steps"
+        ]
+    return []
+
+
+def _layout(run: Run, world: int) -> list[str]:
+    problems = []
+    parallel, moe = run.parallel, run.moe
+    for axis, size in (("tp", parallel.tp), ("ep", parallel.ep)):
+        if world % size:
+            problems.append(
+                f"parallel.{axis}={size} must divide the number of ranks, {world}: use {_choices(divisors(world))}"
+            )
+    if moe.blocks and moe.num_experts % parallel.ep:
+        problems.append(
+            f"parallel.ep={parallel.ep} must divide moe.num_experts={moe.num_experts}: "
+            f"use {_choices(divisors(moe.num_experts))}"
+        )
+    if parallel.ep > 1 and not moe.blocks:
+        problems.append(f"parallel.ep={parallel.ep} shares experts, but moe.blocks is empty: use parallel.ep=1")
+    if run.model.heads % parallel.tp:
+        problems.append(
+            f"parallel.tp={parallel.tp} must divide model.heads={run.model.heads}: "
+            f"use {_choices(divisors(run.model.heads))}"
+        )
+    if run.model.mlp_dim % parallel.tp:
+        problems.append(
+            f"parallel.tp={parallel.tp} must divide model.mlp_dim={run.model.mlp_dim}: "
+            f"use {_choices(divisors(run.model.mlp_dim, up_to=64))}"
+        )
+    unit = world * (moe.group_pairs if moe.blocks else 1)
+    if run.train.batch_pairs % unit:
+        below, above = run.train.batch_pairs // unit * unit, -(-run.train.batch_pairs // unit) * unit
+        fits = f"{below} or {above}" if below else str(above)
+        unit_text = f"{world} ranks * moe.group_pairs={moe.group_pairs}" if moe.blocks else f"{world} ranks"
+        problems.append(
+            f"train.batch_pairs={run.train.batch_pairs} must be a multiple of {unit_text} = {unit}: use {fits}"
+        )
+    return problems

@@ -1,0 +1,223 @@
+"""Every setting of a run, typed and frozen. What LIMoE's paper leaves open is a field here, with its source in the text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    width: Count = 384
+    """Width D of every token, in both modalities."""
+    depth: Count = 12
+    """Number of transformer blocks; blocks are numbered from 0."""
+    heads: Count = 6
+    """Attention heads; divides width."""
+    mlp_dim: Count = 1536
+    """Hidden width F of a dense MLP and of every expert."""
+    embed_dim: Count = 384
+    """Width P of the two embeddings that the contrastive loss compares."""
+    init_temperature: Positive = 0.1
+    """First value of the learned temperature T; logits are cosine / T. big_vision and LiT start at 0.1."""
+
+
+class Image(Section):
+    size: Count = 224
+    """Side of the square picture that the model sees, in pixels."""
+    patch: Count = 32
+    """Side of a patch, in pixels; divides image.size."""
+    mean: float = 127.5
+    """Subtracted from 0..255 pixel values; 255 maps a white background to 0."""
+    std: Positive = 127.5
+    """Divides the pixel values after image.mean was subtracted."""
+    min_crop_area: Fraction = 1.0
+    """Smallest share of the picture that a random square-ish crop keeps; 1 keeps the whole picture."""
+    flip: Fraction = 0.0
+    """Probability of a horizontal flip."""
+    rotate_degrees: NotNegative = 0.0
+    """Rotation is uniform in plus or minus this angle; uncovered pixels are white."""
+    scale: Fraction = 0.0
+    """Zoom is log-uniform in [1 / (1 + scale), 1 + scale]."""
+    translate: Fraction = 0.0
+    """Shift is uniform in plus or minus this share of the side, in each direction."""
+    brightness: Fraction = 0.0
+    """Brightness factor is uniform in 1 plus or minus this."""
+    contrast: Fraction = 0.0
+    """Contrast factor is uniform in 1 plus or minus this."""
+    saturation: Fraction = 0.0
+    """Saturation factor is uniform in 1 plus or minus this."""
+    hue_degrees: NotNegative = 0.0
+    """Hue rotation is uniform in plus or minus this angle."""
+
+
+class Text(Section):
+    length: Count = 16
+    """Tokens of a caption; longer captions are cut (LIMoE, section 4.1: 16)."""
+    vocab_size: Count = 32_000
+    """Rows of the token embedding; the SentencePiece vocabulary may be smaller, never larger."""
+    pad: Literal["token", "masked"] = "token"
+    """token: padding is an ordinary token, attended, routed and pooled, as in big_vision.
+    masked: attention, routing, losses and pooling pass over it."""
+
+
+class Moe(Section):
+    blocks: tuple[CountOrZero, ...] = (1, 3, 5, 7, 9, 11)
+    """Blocks (from 0) whose MLP is a mixture of experts; empty for a dense model."""
+    num_experts: Count = 32
+    """Experts E of each MoE block."""
+    top_k: Count = 1
+    """Experts K that each token chooses."""
+    group_pairs: Count = 32
+    """Pairs whose tokens are routed together: all their image tokens, then all their text tokens.
+    Fixed, so that results do not depend on the layout."""
+    capacity_factor: Positive = 1.05
+    """Slots of an expert in a group = ceil(tokens * K * factor / E), rounded up to capacity_multiple."""
+    capacity_multiple: Count = 4
+    """V-MoE rounds the capacity up to a multiple of 4."""
+    eval_capacity: Literal["full", "paper"] = "full"
+    """full: in evaluation nothing is dropped, so that an embedding depends on its own input only.
+    paper: the training capacity also in evaluation."""
+    order: Literal["priority", "images_first"] = "priority"
+    """Who gets a slot first: tokens with the largest gate (batch priority routing), or the order in the group."""
+    noise_std: NotNegative = 1.0
+    """Router noise in training is normal with standard deviation noise_std / E (V-MoE)."""
+    aux_weight: NotNegative = 0.04
+    """Weight of the auxiliary losses: aux_weight * mean over the active losses, summed over MoE blocks."""
+    importance: NotNegative = 1.0
+    """Relative weight of the importance loss; 0 switches it off."""
+    load: NotNegative = 0.0
+    """Relative weight of the load loss; needs noise."""
+    z: NotNegative = 1.0
+    """Relative weight of the router z-loss."""
+    local_image: NotNegative = 0.0
+    """Relative weight of the local entropy loss of images."""
+    local_text: NotNegative = 1.0
+    """Relative weight of the local entropy loss of texts."""
+    global_image: NotNegative = 1.0
+    """Relative weight of the thresholded global entropy loss of images."""
+    global_text: NotNegative = 1.0
+    """Relative weight of the thresholded global entropy loss of texts."""
+    min_image_experts: Positive = 20.0
+    """The global image loss asks for at least exp(threshold) = this many experts."""
+    min_text_experts: Positive = 9.0
+    """The global text loss asks for at least exp(threshold) = this many experts."""
+
+
+class Data(Section):
+    manifest: str = ""
+    """manifest.json of the training shards (`limoe prep pack` writes it)."""
+    validation: str = ""
+    """manifest.json of shards that are never trained on, for evaluation during training."""
+    tokenizer: str = ""
+    """SentencePiece .model; empty: the one that the training manifest names."""
+    threads: Count = 1
+    """Decoder threads of each rank."""
+    prefetch: Count = 2
+    """Batches prepared ahead of the training step."""
+    max_bad_frac: Fraction = 0.01
+    """The run stops when more than this share of the rows read so far (and at least 16) could not be decoded."""
+
+
+class Optim(Section):
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.98
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 1e-4
+    """Decoupled decay of kernels (matrices), times the learning rate; biases, norms, embeddings and positions have none."""
+    clip_norm: Positive = 1.0
+    """Largest global gradient norm."""
+    warmup_steps: CountOrZero = 10_000
+    """Steps of linear warm-up."""
+    timescale: Count = 10_000
+    """After the warm-up the rate is lr / sqrt(1 + (step - warmup_steps) / timescale)."""
+    cooldown_steps: CountOrZero = 10_000
+    """Last steps, over which the rate goes linearly to 0."""
+
+
+class Parallel(Section):
+    tp: Count = 1
+    """Ranks that share one attention and dense MLP (tensor parallel)."""
+    ep: Count = 1
+    """Ranks that share one set of experts (expert parallel); divides moe.num_experts."""
+    reduce_dtype: Literal["fp32", "fp64"] = "fp32"
+    """Type in which gradients are summed over ranks; fp64 when train.dtype is fp64."""
+    timeout_s: Positive = 600.0
+    """Seconds after which a collective that some rank did not join ends the run."""
+    threads: Count = 1
+    """CPU threads of a rank for arithmetic."""
+
+
+class Train(Section):
+    steps: Count = 100_000
+    """Optimizer steps of the whole run."""
+    batch_pairs: Count = 8192
+    """Pairs of the global batch, over all ranks."""
+    seed: CountOrZero = 0
+    """Seed of initial values, router noise, data order and augmentation."""
+    dtype: Literal["auto", "fp32", "fp64", "bf16"] = "auto"
+    """Arithmetic of the blocks; router and losses are at least fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    stop_grace_s: Positive = 120.0
+    """Seconds that the launcher of `--ranks` waits, after a signal, for the final checkpoint."""
+
+
+class Eval(Section):
+    every_steps: CountOrZero = 0
+    """Zero-shot and retrieval on data.validation every so many steps; 0: at the end only."""
+    batch_pairs: Count = 64
+    """Pictures or texts per rank and forward pass."""
+    templates: tuple[str, ...] = ("{}", "an emoji of {}")
+    """Prompts for zero-shot classes; {} is the class name."""
+
+
+class Checkpoint(Section):
+    every_steps: CountOrZero = 1000
+    """Steps between checkpoints; 0: only at the end and on a signal."""
+    keep: Count = 2
+    """Whole checkpoints that are kept; older ones are removed after a newer one is whole."""
+
+
+class Log(Section):
+    every_steps: Count = 10
+    """Steps between two lines of metrics.jsonl and TensorBoard; each is the mean over the steps between."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+
+class Run(Section):
+    """The whole of a run; run.json holds exactly this."""
+
+    preset: str = ""
+    """The preset that this run was made from."""
+    model: Model = Model()
+    image: Image = Image()
+    text: Text = Text()
+    moe: Moe = Moe()
+    data: Data = Data()
+    optim: Optim = Optim()
+    parallel: Parallel = Parallel()
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.image.size // self.image.patch) ** 2

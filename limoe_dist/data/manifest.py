@@ -1,0 +1,110 @@
+"""manifest.json: what a folder of Arrow shards holds, and the proof that it still does. Needs neither torch nor DALI."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.parse import parse_model, write_atomically
+
+SCHEMA_VERSION = 1
+COLUMNS = ("key", "image", "captions", "concept", "width", "height", "sha256", "source")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _plain_name(name: str) -> str:
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ValueError("must be a plain file name inside the manifest's folder")
+    return name
+
+
+class Shard(_Part):
+    file: str
+    """Plain name of an Arrow IPC file beside the manifest."""
+    rows: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str
+    """Of the whole file, in hexadecimal."""
+
+    _file = field_validator("file")(_plain_name)
+
+
+class Source(_Part):
+    name: str
+    """As in the column `source`."""
+    rows: int = Field(ge=0)
+    license: str
+    """SPDX identifier, or "unknown"."""
+    attribution: str = ""
+    """Whom to name, and where the pictures come from."""
+
+
+class Tokenizer(_Part):
+    file: str
+    """Plain name of a SentencePiece model beside the manifest."""
+    sha256: str
+    vocab_size: int = Field(ge=1)
+
+    _file = field_validator("file")(_plain_name)
+
+
+class Manifest(_Part):
+    format: Literal["limoe-arrow"] = "limoe-arrow"
+    schema_version: int = SCHEMA_VERSION
+    name: str = ""
+    rows: int = Field(ge=1)
+    shards: tuple[Shard, ...]
+    sources: tuple[Source, ...] = ()
+    tokenizer: Tokenizer | None = None
+    """The vocabulary that `limoe prep tokenizer` trained from these captions."""
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Reads a manifest and checks that its shards exist with their sizes (checksums: `verify_shards`).
+
+    Raises UserError where the file is no manifest, is of another schema, or a shard is missing or of another size.
+    """
+    if path.is_dir():
+        path = path / "manifest.json"
+    manifest = parse_model(Manifest, path)
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema_version={manifest.schema_version}, but this version reads {SCHEMA_VERSION}: "
+            "pack the shards again with `limoe prep pack`"
+        )
+    if sum(shard.rows for shard in manifest.shards) != manifest.rows:
+        raise UserError(f"{path}: rows={manifest.rows}, but its shards hold {sum(s.rows for s in manifest.shards)}")
+    for shard in manifest.shards:
+        file = path.parent / shard.file
+        if not file.is_file():
+            raise UserError(f"{path}: shard {shard.file} is missing: pack again, or copy the whole folder")
+        if file.stat().st_size != shard.bytes:
+            raise UserError(f"{file}: {file.stat().st_size} bytes, but {path.name} says {shard.bytes}: pack again")
+    return manifest
+
+
+def save_manifest(manifest: Manifest, path: Path) -> None:
+    write_atomically(path, manifest.model_dump_json(indent=2) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_shards(manifest: Manifest, folder: Path) -> None:
+    """Reads every shard and compares its checksum. Raises UserError naming the first that differs."""
+    for shard in manifest.shards:
+        found = sha256_of(folder / shard.file)
+        if found != shard.sha256:
+            raise UserError(
+                f"{folder / shard.file}: sha256 is {found[:12]}..., but the manifest says {shard.sha256[:12]}...: "
+                "the shard was changed after packing; pack again"
+            )
