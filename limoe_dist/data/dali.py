@@ -1,0 +1,131 @@
+"""Encoded pictures to normalised tensors: DALI as a stateless decoder that is told what to do with each picture.
+
+No random operator: all parameters come in as arguments, so that pixels depend on neither batch size nor threads nor DALI's own state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
+
+from limoe_dist.config.schema import Image
+from limoe_dist.data.augment import AugmentParams, has_affine, has_colour
+
+WHITE = 255.0
+"""Fills what a turn or a shift uncovers."""
+
+
+class DecodeError(Exception):
+    """DALI refused at least one picture of the batch; it does not say which."""
+
+
+class Decoder:
+    """Decodes up to `batch_size` pictures a call with `threads` threads, on the CPU, or on `device` where that is a GPU.
+
+    mode: "train" applies all parameters; "evaluation" only resizes, and reads none but the identity's crop.
+    Greyscale and palettes become RGB; an alpha channel is dropped, so transparent pictures are to be laid on white when packed.
+    """
+
+    def __init__(
+        self, image: Image, *, mode: Literal["train", "evaluation"], batch_size: int, threads: int, device: torch.device
+    ) -> None:
+        self.image, self.batch_size, self.threads, self.device = image, batch_size, threads, device
+        self._crops = mode == "train" and image.min_crop_area < 1.0
+        self._mirrors = mode == "train" and image.flip > 0.0
+        self._warps = mode == "train" and has_affine(image)
+        self._twists = mode == "train" and has_colour(image)
+        self._pipeline = self._build()
+
+    def decode(self, encoded: Sequence[npt.NDArray[np.uint8]], params: AugmentParams) -> Tensor:
+        """(n, 3, size, size) float32 on the device, n <= batch_size: (pixel - image.mean) / image.std.
+
+        Raises DecodeError where any of the pictures cannot be decoded.
+        """
+        try:
+            (output,) = self._pipeline.run(encoded=list(encoded), **self._arguments(params))
+        except RuntimeError as error:
+            # DALI calls a pipeline that raised no longer valid; a new one takes some milliseconds.
+            self._pipeline = self._build()
+            raise DecodeError(_reason(str(error))) from None
+        return self._owned(output, len(encoded))
+
+    def _arguments(self, params: AugmentParams) -> dict[str, npt.NDArray[Any]]:
+        arguments: dict[str, npt.NDArray[Any]] = {}
+        if self._crops:
+            arguments |= {"anchor": params.anchor, "shape": params.shape}
+        if self._warps:
+            arguments |= {"matrix": params.matrix}
+        if self._twists:
+            arguments |= {name: getattr(params, name) for name in ("brightness", "contrast", "saturation", "hue")}
+        if self._mirrors:
+            arguments |= {"mirror": params.mirror}
+        return arguments
+
+    def _build(self) -> Pipeline:
+        gpu = self.device.type == "cuda"
+        pipeline = Pipeline(
+            batch_size=self.batch_size,
+            num_threads=self.threads,
+            device_id=(self.device.index or 0) if gpu else None,
+            # The loader's thread is the prefetching; a depth of 1 also is what lets run() take its inputs.
+            prefetch_queue_depth=1,
+        )
+        with pipeline:
+            pipeline.set_outputs(self._graph("mixed" if gpu else "cpu"))
+        pipeline.build()
+        return pipeline
+
+    def _graph(self, device: str) -> Any:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        if self._crops:
+            pixels = fn.decoders.image_slice(
+                encoded,
+                _argument("anchor", ndim=1),
+                _argument("shape", ndim=1),
+                device=device,
+                axis_names="HW",
+                output_type=types.RGB,
+            )
+        else:
+            pixels = fn.decoders.image(encoded, device=device, output_type=types.RGB)
+        pixels = fn.resize(pixels, size=[self.image.size, self.image.size], antialias=True)
+        if self._warps:
+            pixels = fn.warp_affine(pixels, matrix=_argument("matrix", ndim=2), fill_value=WHITE)
+        if self._twists:
+            factors = {name: _argument(name) for name in ("brightness", "contrast", "saturation", "hue")}
+            pixels = fn.color_twist(pixels, **factors)
+        return fn.crop_mirror_normalize(
+            pixels,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mirror=_argument("mirror", dtype=types.INT32) if self._mirrors else 0,
+            mean=[self.image.mean] * 3,
+            std=[self.image.std] * 3,
+        )
+
+    def _owned(self, output: Any, num: int) -> Tensor:
+        """A copy: DALI writes its next batch into the same memory."""
+        if self.device.type != "cuda":
+            return torch.from_numpy(np.array(output.as_array()))
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        images = torch.empty((num, 3, self.image.size, self.image.size), dtype=torch.float32, device=self.device)
+        feed_ndarray(output.as_tensor(), images, cuda_stream=torch.cuda.current_stream(self.device))
+        return images
+
+
+def _argument(name: str, *, ndim: int = 0, dtype: Any = types.FLOAT) -> Any:
+    return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+
+def _reason(text: str) -> str:
+    """DALI's message without its tracebacks: the lines after "encountered:"."""
+    found = re.search(r"encountered:\s*(.+?)\s*(?:Current pipeline|$)", text, re.DOTALL)
+    return " ".join((found.group(1) if found else text).split())[:200]

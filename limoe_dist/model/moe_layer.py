@@ -1,0 +1,208 @@
+"""The mixture of experts that replaces a block's MLP: router, capacity and priority see both modalities' tokens.
+
+Shapes: T tokens of this rank, G routing groups, S tokens of a group, K choices, E experts, L = E / ep experts on this rank,
+C slots of an expert in a group, D width, F hidden width of an expert.
+Source: LIMoE (arXiv 2206.02770), section 2.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from limoe_dist.config.presets import threshold
+from limoe_dist.config.schema import Moe, Run
+from limoe_dist.equations import aux_losses
+from limoe_dist.equations.dispatch import combine, dispatch, index_slots
+from limoe_dist.equations.routing import Choices, capacity, kept, service_order, slots, top_k
+from limoe_dist.model.tokens import TokenLayout
+from limoe_dist.parallel import counter_rng
+from limoe_dist.parallel.collectives import all_to_all_rows, max_over
+from limoe_dist.parallel.mesh import Axis, Mesh
+from limoe_dist.parallel.placement import Init, Placement, make_parameter
+
+AUX_LOSSES = ("importance", "load", "z", "local_image", "local_text", "global_image", "global_text")
+
+
+@dataclass(frozen=True)
+class RoutingMode:
+    """What routing needs to know of the step. Evaluation is deterministic: no noise, capacity by moe.eval_capacity."""
+
+    training: bool
+    seed: int = 0
+    step: int = 0
+    first_group: int = 0
+    """Global number of this rank's first routing group: noise belongs to the group, not to the rank."""
+
+
+EVALUATION = RoutingMode(training=False)
+
+
+@dataclass(frozen=True)
+class MoeRecord:
+    """What one MoE block reports of a forward pass. Modality 0 is image, 1 is text; only real tokens are counted."""
+
+    losses: dict[str, Tensor]
+    """Each auxiliary loss, summed over this rank's groups; differentiable; empty in evaluation."""
+    routed_E2: Tensor
+    """(E, 2) float: choices that each expert was asked for, by modality."""
+    kept_E2: Tensor
+    """(E, 2) float: those that it processed."""
+    entropy_2: Tensor
+    """(2,) float: sum over tokens of the entropy of their gates, by modality, in nats."""
+    tokens_2: Tensor
+    """(2,) float: real tokens, by modality."""
+
+
+class MoeLayer(nn.Module):
+    def __init__(self, run: Run, index: int, *, mesh: Mesh) -> None:
+        super().__init__()
+        self.moe: Moe = run.moe
+        self.index = index
+        self.ep = mesh.ep
+        width, experts = run.model.width, run.moe.num_experts
+        self.router = make_parameter(Placement((width, experts), Init.lecun(width), decay=True), mesh)
+        self.experts = Experts(width=width, hidden=run.model.mlp_dim, num_experts=experts, mesh=mesh)
+
+    def forward(self, x_TD: Tensor, layout: TokenLayout, mode: RoutingMode) -> tuple[Tensor, MoeRecord]:
+        """(T, D) -> (T, D): the gated sum of each token's experts; zero where all its choices were dropped."""
+        clean_GSE, noisy_GSE = self._logits(x_TD, layout, mode)
+        choices = top_k(noisy_GSE.softmax(-1), self.moe.top_k)
+        valid_GS = layout.valid_GS
+        order_GS = service_order(choices.weight_GSK[..., 0], valid_GS, order=self.moe.order)
+        slot_GSK = slots(choices.expert_GSK, order_GS, valid_GS, num_experts=self.moe.num_experts)
+        slots_C = self._capacity(slot_GSK, valid_GS, layout, mode)
+        kept_GSK = kept(slot_GSK, valid_GS, capacity=slots_C)
+        index = index_slots(
+            choices.expert_GSK,
+            slot_GSK,
+            kept_GSK,
+            layout.token_GS,
+            num_experts=self.moe.num_experts,
+            capacity=slots_C,
+        )
+        # The exchange and the experts run in the autocast type, the router above does not.
+        if torch.is_autocast_enabled(x_TD.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
+        buffer_RD = self.experts(dispatch(x_TD, index))
+        out_TD = combine(buffer_RD, _flat(choices.weight_GSK, layout), index)
+        losses = self._losses(clean_GSE, noisy_GSE, layout) if mode.training else {}
+        return out_TD, self._record(losses, clean_GSE, choices, kept_GSK, layout)
+
+    def _logits(self, x_TD: Tensor, layout: TokenLayout, mode: RoutingMode) -> tuple[Tensor, Tensor]:
+        """(G, S, E) clean and noisy logits, at least float32: gates in bf16 tie, and ties change who is served."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            kind = torch.promote_types(x_TD.dtype, torch.float32)
+            logits_TE = x_TD.to(kind) @ self.router.to(kind)
+        clean_GSE = logits_TE[layout.token_GS]
+        if not mode.training or self.moe.noise_std == 0:
+            return clean_GSE, clean_GSE
+        groups, tokens, experts = clean_GSE.shape
+        stream = counter_rng.key("router-noise", mode.seed, mode.step, self.index)
+        group_G = torch.arange(mode.first_group, mode.first_group + groups, device=x_TD.device)
+        noise = counter_rng.normal(
+            counter_rng.keys(stream, group_G), tokens * experts, device=x_TD.device, dtype=kind
+        ).view_as(clean_GSE)
+        return clean_GSE, clean_GSE + noise * (self.moe.noise_std / experts)
+
+    def _capacity(self, slot_GSK: Tensor, valid_GS: Tensor | None, layout: TokenLayout, mode: RoutingMode) -> int:
+        if mode.training or self.moe.eval_capacity == "paper":
+            return capacity(
+                layout.group_tokens,
+                num_experts=self.moe.num_experts,
+                k=self.moe.top_k,
+                factor=self.moe.capacity_factor,
+                multiple=self.moe.capacity_multiple,
+            )
+        # Nothing is dropped: as many slots as the fullest expert needs. Buffers are exchanged with equal splits,
+        # so the ranks of an ep group agree on the largest.
+        if valid_GS is not None:
+            slot_GSK = slot_GSK.masked_fill(~valid_GS[..., None], -1)
+        return int(max_over(slot_GSK.max() + 1, self.ep).clamp(min=1).item())
+
+    def _losses(self, clean_GSE: Tensor, noisy_GSE: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
+        """Every auxiliary loss, summed over this rank's groups; a modality that is absent has none."""
+        moe, valid_GS = self.moe, layout.valid_GS
+        gates_GSE = clean_GSE.softmax(-1)
+        losses = {
+            "importance": aux_losses.importance_loss(gates_GSE, valid_GS),
+            "z": aux_losses.z_loss(clean_GSE, valid_GS),
+        }
+        if moe.noise_std > 0:
+            losses["load"] = aux_losses.load_loss(
+                clean_GSE, noisy_GSE, valid_GS, k=moe.top_k, noise_std=moe.noise_std / moe.num_experts
+            )
+        image = slice(0, layout.group_image_tokens)
+        text = slice(layout.group_image_tokens, layout.group_tokens)
+        for name, part, present, min_experts in (
+            ("image", image, layout.images, moe.min_image_experts),
+            ("text", text, layout.texts, moe.min_text_experts),
+        ):
+            if not present:
+                continue
+            valid = None if valid_GS is None else valid_GS[:, part]
+            losses[f"local_{name}"] = aux_losses.local_entropy(clean_GSE[:, part], valid)
+            losses[f"global_{name}"] = aux_losses.thresholded_global_entropy(
+                aux_losses.mean_gates(gates_GSE[:, part], valid), threshold(min_experts)
+            )
+        return {name: loss_G.sum() for name, loss_G in losses.items()}
+
+    @torch.no_grad()
+    def _record(
+        self, losses: dict[str, Tensor], clean_GSE: Tensor, choices: Choices, kept_GSK: Tensor, layout: TokenLayout
+    ) -> MoeRecord:
+        groups, tokens, k = kept_GSK.shape
+        text_S = torch.arange(tokens, device=clean_GSE.device) >= layout.group_image_tokens
+        real_GS = layout.valid_GS
+        if real_GS is None:
+            real_GS = torch.ones(groups, tokens, dtype=torch.bool, device=clean_GSE.device)
+        cell_GSK = choices.expert_GSK * 2 + text_S.long()[:, None]
+        count = torch.zeros(2, 2 * self.moe.num_experts, device=clean_GSE.device)
+        count[0].scatter_add_(0, cell_GSK.flatten(), real_GS[..., None].expand_as(kept_GSK).flatten().float())
+        count[1].scatter_add_(0, cell_GSK.flatten(), kept_GSK.flatten().float())
+        log_gates_GSE = clean_GSE.log_softmax(-1)
+        entropy_GS = -(log_gates_GSE.exp() * log_gates_GSE).sum(-1).float() * real_GS
+        by_modality = torch.stack([~text_S, text_S]).float()
+        return MoeRecord(
+            losses=losses,
+            routed_E2=count[0].view(-1, 2),
+            kept_E2=count[1].view(-1, 2),
+            entropy_2=by_modality @ entropy_GS.sum(0),
+            tokens_2=by_modality @ real_GS.sum(0).float(),
+        )
+
+
+def _flat(weight_GSK: Tensor, layout: TokenLayout) -> Tensor:
+    """(G, S, K) -> (T, K), in the flat order of the tokens."""
+    place_T = torch.empty_like(layout.token_GS.flatten())
+    place_T[layout.token_GS.flatten()] = torch.arange(place_T.numel(), device=place_T.device)
+    return weight_GSK.flatten(0, 1)[place_T]
+
+
+class Experts(nn.Module):
+    """E MLPs of which this rank holds L; the others' tokens come and go by all-to-all over the ep axis."""
+
+    def __init__(self, *, width: int, hidden: int, num_experts: int, mesh: Mesh) -> None:
+        super().__init__()
+        self.ep: Axis = mesh.ep
+        init, bias = Init.xavier(width, hidden), Init("normal", 1e-6)
+        self.up_weight = make_parameter(Placement((num_experts, width, hidden), init, "ep", 0, decay=True), mesh)
+        self.up_bias = make_parameter(Placement((num_experts, hidden), bias, "ep", 0), mesh)
+        self.down_weight = make_parameter(Placement((num_experts, hidden, width), init, "ep", 0, decay=True), mesh)
+        self.down_bias = make_parameter(Placement((num_experts, width), bias, "ep", 0), mesh)
+
+    def forward(self, buffer_RD: Tensor) -> Tensor:
+        """(E * G * C, D) -> (E * G * C, D), rows ordered by expert, then group, then slot."""
+        local, width = self.up_weight.shape[:2]
+        # 1. rows leave for the rank of their expert: chunk r of the experts goes to rank r of the ep group
+        x = all_to_all_rows(buffer_RD, self.ep).view(self.ep.size, local, -1, width)
+        # 2. what came from different ranks for one expert is put together: (L, ep * G * C, D)
+        x = x.transpose(0, 1).reshape(local, -1, width)
+        hidden = F.gelu(torch.baddbmm(self.up_bias[:, None], x, self.up_weight), approximate="tanh")
+        y = torch.baddbmm(self.down_bias[:, None], hidden, self.down_weight)
+        # 3. and back: (ep, L, G * C, D), then each rank's rows return to it
+        y = y.view(local, self.ep.size, -1, width).transpose(0, 1).reshape(-1, width)
+        return all_to_all_rows(y, self.ep)

@@ -1,0 +1,157 @@
+"""LIMoE: one tower for pictures and texts (arXiv 2206.02770, section 2.2 and Figure 1).
+
+Shapes: B pairs of this rank, N tokens of a sequence, T = all tokens of this rank, D width, P embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from limoe_dist.config.schema import Run
+from limoe_dist.equations.contrastive import normalize
+from limoe_dist.model.block import Block
+from limoe_dist.model.embed import LayerNorm, PatchEmbed, TextEmbed
+from limoe_dist.model.moe_layer import AUX_LOSSES, EVALUATION, MoeRecord, RoutingMode
+from limoe_dist.model.tokens import TokenLayout
+from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.parallel.placement import Init, Placement, initialise, make_parameter
+
+
+@dataclass(frozen=True)
+class TowerOutput:
+    image_BP: Tensor | None
+    """(B, P) at least float32, rows of length 1; None where no pictures were given."""
+    text_BP: Tensor | None
+    """(B, P), likewise for captions."""
+    records: dict[int, MoeRecord]
+    """One for each MoE block, by block number."""
+
+
+class Limoe(nn.Module):
+    def __init__(self, run: Run, *, mesh: Mesh) -> None:
+        super().__init__()
+        self.run = run
+        width, embed_dim = run.model.width, run.model.embed_dim
+        self.image_embed = PatchEmbed(patch=run.image.patch, num_tokens=run.image_tokens, width=width, mesh=mesh)
+        self.text_embed = TextEmbed(
+            vocab_size=run.text.vocab_size, num_tokens=run.text.length, width=width, mesh=mesh
+        )
+        self.blocks = nn.ModuleList(Block(run, index, mesh=mesh) for index in range(run.model.depth))
+        self.norm = LayerNorm(width, mesh=mesh)
+        projection = Placement((width, embed_dim), Init.lecun(width), decay=True)
+        self.image_projection = make_parameter(projection, mesh)
+        self.text_projection = make_parameter(projection, mesh)
+        self.log_scale = make_parameter(
+            Placement((), Init("constant", -math.log(run.model.init_temperature))), mesh
+        )
+
+    def forward(
+        self,
+        images: Tensor | None,
+        tokens: Tensor | None,
+        text_valid: Tensor | None = None,
+        *,
+        mode: RoutingMode = EVALUATION,
+    ) -> TowerOutput:
+        """images: (B, 3, size, size) float; tokens: (B, N) int64; text_valid: (B, N) bool, False at padding.
+
+        Either may be None. In training both counts are multiples of moe.group_pairs.
+        Raises ValueError where nothing is given or the groups do not divide.
+        """
+        layout = self._layout(images, tokens, text_valid, mode)
+        parts = []
+        if images is not None:
+            parts.append(self.image_embed(images).flatten(0, 1))
+        if tokens is not None:
+            parts.append(self.text_embed(tokens).flatten(0, 1))
+        x_TD = torch.cat(parts) if len(parts) == 2 else parts[0]
+        records = {}
+        for index, block in enumerate(self.blocks):
+            x_TD, record = block(x_TD, layout, mode)
+            if record is not None:
+                records[index] = record
+        image_BND, text_BND = layout.split(self.norm(x_TD))
+        return TowerOutput(
+            image_BP=None if images is None else _embed(image_BND.mean(1), self.image_projection),
+            text_BP=None if tokens is None else _embed(_pool(text_BND, layout.text_valid), self.text_projection),
+            records=records,
+        )
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / T: what cosines are multiplied with; learned as its logarithm."""
+        return self.log_scale.exp()
+
+    def _layout(
+        self, images: Tensor | None, tokens: Tensor | None, text_valid: Tensor | None, mode: RoutingMode
+    ) -> TokenLayout:
+        counts = [len(x) for x in (images, tokens) if x is not None]
+        if not counts:
+            raise ValueError("images and tokens are both None: give at least one")
+        groups = 1
+        paper_capacity = mode.training or self.run.moe.eval_capacity == "paper"
+        if self.run.moe.blocks and paper_capacity:
+            pairs = self.run.moe.group_pairs
+            if mode.training and any(count % pairs for count in counts):
+                raise ValueError(f"{counts} pictures and texts on this rank must be multiples of group_pairs={pairs}")
+            if all(count % pairs == 0 for count in counts) and len(set(counts)) == 1:
+                groups = counts[0] // pairs
+        given = images if images is not None else tokens
+        assert given is not None
+        masked = self.run.text.pad == "masked" and tokens is not None
+        return TokenLayout(
+            images=0 if images is None else len(images),
+            image_tokens=self.run.image_tokens,
+            texts=0 if tokens is None else len(tokens),
+            text_tokens=self.run.text.length,
+            groups=groups,
+            device=given.device,
+            text_valid=text_valid if masked else None,
+        )
+
+
+def _pool(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
+    """(B, D): the average over the tokens that are not masked padding."""
+    if valid_BN is None:
+        return x_BND.mean(1)
+    weight_BN = valid_BN.to(x_BND.dtype)
+    return (x_BND * weight_BN[..., None]).sum(1) / weight_BN.sum(1, keepdim=True).clamp(min=1)
+
+
+def _embed(pooled_BD: Tensor, projection_DP: Tensor) -> Tensor:
+    embedding_BP = F.linear(pooled_BD, projection_DP.T)
+    return normalize(embedding_BP.to(torch.promote_types(embedding_BP.dtype, torch.float32)))
+
+
+def aux_loss(records: dict[int, MoeRecord], run: Run, *, global_groups: int) -> Tensor | None:
+    """This rank's share of the weighted auxiliary loss: aux_weight * mean over active losses, summed over MoE blocks.
+
+    global_groups: routing groups of the global batch, over all ranks. None for a dense model.
+    """
+    active = {name: getattr(run.moe, name) for name in AUX_LOSSES if getattr(run.moe, name) > 0}
+    terms = [
+        weight * record.losses[name]
+        for record in records.values()
+        for name, weight in active.items()
+        if name in record.losses
+    ]
+    if not terms or run.moe.aux_weight == 0:
+        return None
+    return torch.stack(terms).sum() * (run.moe.aux_weight / (len(active) * global_groups))
+
+
+def build_model(run: Run, *, mesh: Mesh, device: torch.device) -> Limoe:
+    """The model with its first values on the device, float64 where train.dtype asks for it; on meta without values."""
+    with torch.device(device):
+        model = Limoe(run, mesh=mesh)
+    if run.train.dtype == "fp64":
+        model = model.double()
+        # .double() makes new tensors in place of the old ones, but keeps the Parameter objects and their tags.
+    if device.type != "meta":
+        initialise(model, seed=run.train.seed, mesh=mesh)
+    return model

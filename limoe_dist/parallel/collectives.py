@@ -1,0 +1,95 @@
+"""What crosses ranks inside the model, as pairs of forward and backward. Each is the identity on an axis of size 1.
+
+Convention for gradients: the loss of a step is the SUM of the ranks' shares, so a gradient that comes back from
+several ranks is summed, never averaged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from limoe_dist.parallel.mesh import Axis
+
+
+def all_gather_rows(x: Tensor, axis: Axis) -> Tensor:
+    """Forward: all-gather of dim 0 in rank order; (n, ...) -> (size * n, ...). Backward: reduce-scatter, SUM."""
+    return x if axis.group is None else _AllGatherRows.apply(x, axis)  # type: ignore[no-any-return]
+
+
+def reduce_scatter_rows(x: Tensor, axis: Axis) -> Tensor:
+    """Forward: reduce-scatter of dim 0, SUM; (size * n, ...) -> (n, ...). Backward: all-gather."""
+    return x if axis.group is None else _ReduceScatterRows.apply(x, axis)  # type: ignore[no-any-return]
+
+
+def all_to_all_rows(x: Tensor, axis: Axis) -> Tensor:
+    """Forward: equal-split all-to-all of dim 0: chunk i goes to rank i. Backward: the same (its own inverse)."""
+    return x if axis.group is None else _AllToAllRows.apply(x, axis)  # type: ignore[no-any-return]
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grads[0], ctx.axis), None
+
+
+class _ReduceScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather(grads[0], ctx.axis), None
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _exchange(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grads[0], ctx.axis), None
+
+
+def _gather(x: Tensor, axis: Axis) -> Tensor:
+    out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def _scatter(x: Tensor, axis: Axis) -> Tensor:
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def _exchange(x: Tensor, axis: Axis) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of a tensor over the axis, in place and without a gradient; for counts and metrics."""
+    if axis.group is not None:
+        dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def max_over(x: Tensor, axis: Axis) -> Tensor:
+    """The maximum over the axis, in place and without a gradient."""
+    if axis.group is not None:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
+    return x
