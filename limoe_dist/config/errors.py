@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause and mend: a command shows its text as one line and exits with status 2."""
+"""The one exception for what a user can cause and mend: a command shows its text as a line and exits with 2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Names the setting or file, its value, the rule and the fix; shown without a traceback."""
+    """Names the setting or file, its value, the rule and the fix; shown without a traceback.
+
+    shared: all ranks raise it together, so one of them is enough to show it.
+    """
+
+    def __init__(self, text: str, *, shared: bool = False) -> None:
+        super().__init__(text)
+        self.shared = shared
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

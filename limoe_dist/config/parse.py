@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -76,10 +76,13 @@ def save_run(run: Run, path: Path) -> None:
     write_atomically(path, run.model_dump_json(indent=2) + "\n")
 
 
-def fingerprint(run: Run) -> str:
-    """A short hash of what decides a run's results: everything but paths, layout, logging and saving."""
-    content = run.model_dump(mode="json", exclude={"preset", "parallel", "log", "checkpoint", "eval"})
-    for name in ("threads", "prefetch"):
-        content["data"].pop(name)
+def decisive(run: Run) -> dict[str, Any]:
+    """The settings that decide a run's results, by dotted name: not paths, layout, logging or saving."""
+    content = run.model_dump(mode="json", exclude={"preset", "data", "parallel", "log", "checkpoint", "eval"})
     content["train"].pop("stop_grace_s")
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return {f"{section}.{name}": value for section, fields in content.items() for name, value in fields.items()}
+
+
+def fingerprint(run: Run) -> str:
+    """A short hash of the decisive settings; training data and vocabulary have checksums of their own."""
+    return hashlib.sha256(json.dumps(decisive(run), sort_keys=True).encode()).hexdigest()[:16]

@@ -67,9 +67,7 @@ def _emoji(name: str, *, steps: int, width: int, depth: int, heads: int, patch: 
     blocks = _odd(depth)
     return Run(
         preset=name,
-        model=Model(
-            width=width, depth=depth, heads=heads, mlp_dim=4 * width, embed_dim=width, init_temperature=0.07
-        ),
+        model=Model(width=width, depth=depth, heads=heads, mlp_dim=4 * width, embed_dim=width, init_temperature=0.07),
         image=Image(
             size=size,
             patch=patch,

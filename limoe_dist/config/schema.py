@@ -1,4 +1,4 @@
-"""Every setting of a run, typed and frozen. What LIMoE's paper leaves open is a field here, with its source in the text."""
+"""Every setting of a run, typed and frozen. What LIMoE's paper leaves open is a field here, with its source."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Optim(Section):
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
     weight_decay: NotNegative = 1e-4
-    """Decoupled decay of kernels (matrices), times the learning rate; biases, norms, embeddings and positions have none."""
+    """Decoupled decay of kernels (matrices), times the learning rate; biases, norms, tables and positions have none."""
     clip_norm: Positive = 1.0
     """Largest global gradient norm."""
     warmup_steps: CountOrZero = 10_000

@@ -45,10 +45,10 @@ class Row:
 
 
 class ShardSet:
-    """All rows of a manifest. Shards are opened at first use and stay mapped; safe to read from one thread at a time."""
+    """All rows of a manifest. Shards are opened at first use and stay mapped; for one thread at a time."""
 
     def __init__(self, manifest_path: Path | str, *, verify: bool = False) -> None:
-        """verify: compare the checksum of every shard first (reads all of it). Raises UserError as `load_manifest` does."""
+        """verify: compare all checksums first (reads every byte). Raises UserError as `load_manifest` does."""
         path = Path(manifest_path)
         self.path = path / "manifest.json" if path.is_dir() else path
         self.manifest = load_manifest(self.path)
@@ -62,7 +62,7 @@ class ShardSet:
         return self.manifest.rows
 
     def row(self, number: int) -> Row:
-        """Row `number`, 0 <= number < len(self). Raises IndexError outside, UserError for a shard that cannot be read."""
+        """Row `number`, 0 <= number < len(self). Raises IndexError outside, UserError for a damaged shard."""
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         shard = int(np.searchsorted(self._first_rows, number, side="right")) - 1
@@ -70,9 +70,9 @@ class ShardSet:
         return self._shard(shard).row(index, number=number, shard=shard)
 
     def next_in_shard(self, number: int, tries: int) -> Iterator[int]:
-        """The row numbers that stand in for `number`: the next ones of its shard, wrapping to its first; at most `tries`.
+        """The rows that stand in for `number`: the next ones of its shard, wrapping to its first; at most `tries`.
 
-        Ends earlier where the shard has no other row. A function of the row alone, so every layout takes the same stand-in.
+        Ends earlier where the shard has no other row. A function of the row alone: every layout takes the same one.
         """
         shard = int(np.searchsorted(self._first_rows, number, side="right")) - 1
         first, rows = int(self._first_rows[shard]), self.manifest.shards[shard].rows
@@ -94,7 +94,9 @@ class _Shard:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: cannot be read as an Arrow file ({error}): pack again, or copy it again") from None
+            raise UserError(
+                f"{path}: cannot be read as an Arrow file ({error}): pack again, or copy it again"
+            ) from None
         self._check_columns(reader.schema)
         self.first_rows = np.concatenate([[0], np.cumsum([batch.num_rows for batch in self.batches])])
         if self.first_rows[-1] != rows:
@@ -116,11 +118,14 @@ class _Shard:
         batch = int(np.searchsorted(self.first_rows, index, side="right")) - 1
         columns = self.columns[batch] or self._open_batch(batch)
         i = index - int(self.first_rows[batch])
-        image = columns["image"][i].as_buffer()
+        buffer = columns["image"][i].as_buffer()
+        image = np.frombuffer(buffer if buffer is not None else b"", dtype=np.uint8)
+        # The mapping is read-only: a write would end the process, not raise.
+        image.flags.writeable = False
         return Row(
             number=number,
             key=columns["key"][i].as_py() or "",
-            image=np.frombuffer(image, dtype=np.uint8) if image is not None else np.zeros(0, dtype=np.uint8),
+            image=image,
             captions=tuple(text for text in columns["captions"][i].as_py() or () if text and not text.isspace()),
             concept=columns["concept"][i].as_py() or "",
             source=columns["source"][i].as_py() or "",

@@ -1,4 +1,4 @@
-"""What is done to each picture, as plain arrays: a function of (seed, position) and of the image settings, nothing else."""
+"""What is done to each picture, as arrays: a function of (seed, position) and the image settings, nothing else."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class AugmentParams:
     shape: Floats
     """(n, 2) extent of the crop as (y, x), shares of height and width."""
     matrix: Floats
-    """(n, 2, 3) where a pixel of the result comes from, in pixels of the resized picture; (0, 0) is a corner, not a centre."""
+    """(n, 2, 3) from (x, y) in the result to (x, y) in the resized picture, in pixels; (0, 0) is the outer corner."""
     mirror: npt.NDArray[np.int32]
     """(n,) 1 where the picture is flipped left to right."""
     brightness: Floats
@@ -79,15 +79,14 @@ def augment_params(positions: npt.NDArray[np.int64], image: Image, *, seed: int)
 
 def identity_params(num: int) -> AugmentParams:
     """Parameters that keep the whole picture as it is, for evaluation; the caption is a row's first."""
-    ones = np.ones(num, dtype=np.float32)
     return AugmentParams(
         anchor=np.zeros((num, 2), dtype=np.float32),
         shape=np.ones((num, 2), dtype=np.float32),
         matrix=np.tile(np.eye(2, 3, dtype=np.float32), (num, 1, 1)),
         mirror=np.zeros(num, dtype=np.int32),
-        brightness=ones,
-        contrast=ones,
-        saturation=ones,
+        brightness=np.ones(num, dtype=np.float32),
+        contrast=np.ones(num, dtype=np.float32),
+        saturation=np.ones(num, dtype=np.float32),
         hue=np.zeros(num, dtype=np.float32),
         caption=np.zeros(num),
     )
@@ -107,7 +106,10 @@ def has_colour(image: Image) -> bool:
 
 
 def _crop(u: dict[str, npt.NDArray[np.float64]], min_area: float) -> tuple[Floats, Floats]:
-    """Area uniform in [min_area, 1]; aspect log-uniform in 3/4 to 4/3 *of the picture's own*, as evaluation squares whole pictures."""
+    """Area uniform in [min_area, 1]; aspect log-uniform in 3/4 to 4/3.
+
+    The aspect is relative to the picture's own, since evaluation, too, squares whole pictures.
+    """
     area = 1.0 - (1.0 - min_area) * u["crop_area"]
     aspect = np.exp(_around_zero(u["crop_aspect"], math.log(4 / 3)))
     # A side longer than the picture's is cut and the other kept: the crop gets smaller than its area, never larger.
@@ -120,7 +122,7 @@ def _crop(u: dict[str, npt.NDArray[np.float64]], min_area: float) -> tuple[Float
 
 
 def _affine(u: dict[str, npt.NDArray[np.float64]], image: Image) -> Floats:
-    """Turn, zoom and shift about the centre c: result p' = zoom * R (p - c) + c + shift; the matrix goes from p' to p."""
+    """Turn, zoom and shift about the centre c: result p' = zoom * R (p - c) + c + shift; the matrix takes p' to p."""
     angle = np.radians(_around_zero(u["rotate"], image.rotate_degrees))
     zoom = np.exp(_around_zero(u["scale"], math.log1p(image.scale)))
     centre = image.size / 2

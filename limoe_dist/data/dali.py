@@ -1,6 +1,7 @@
 """Encoded pictures to normalised tensors: DALI as a stateless decoder that is told what to do with each picture.
 
-No random operator: all parameters come in as arguments, so that pixels depend on neither batch size nor threads nor DALI's own state.
+No random operator: all parameters come in as arguments, so that pixels depend on neither batch size nor
+threads nor DALI's own state.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, fn
+from nvidia.dali.types import DALIDataType, DALIImageType
 from torch import Tensor
 
 from limoe_dist.config.schema import Image
@@ -27,10 +29,10 @@ class DecodeError(Exception):
 
 
 class Decoder:
-    """Decodes up to `batch_size` pictures a call with `threads` threads, on the CPU, or on `device` where that is a GPU.
+    """Decodes up to `batch_size` pictures a call on `threads` threads of the CPU, or on `device` where that is a GPU.
 
-    mode: "train" applies all parameters; "evaluation" only resizes, and reads none but the identity's crop.
-    Greyscale and palettes become RGB; an alpha channel is dropped, so transparent pictures are to be laid on white when packed.
+    mode: "train" applies all parameters; "evaluation" only resizes.
+    Greyscale and palettes become RGB. An alpha channel is dropped: pack lays transparent pictures on white.
     """
 
     def __init__(
@@ -83,18 +85,18 @@ class Decoder:
         return pipeline
 
     def _graph(self, device: str) -> Any:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
         if self._crops:
-            pixels = fn.decoders.image_slice(
+            pixels: Any = fn.decoders.image_slice(
                 encoded,
                 _argument("anchor", ndim=1),
                 _argument("shape", ndim=1),
                 device=device,
                 axis_names="HW",
-                output_type=types.RGB,
+                output_type=DALIImageType.RGB,
             )
         else:
-            pixels = fn.decoders.image(encoded, device=device, output_type=types.RGB)
+            pixels = fn.decoders.image(encoded, device=device, output_type=DALIImageType.RGB)
         pixels = fn.resize(pixels, size=[self.image.size, self.image.size], antialias=True)
         if self._warps:
             pixels = fn.warp_affine(pixels, matrix=_argument("matrix", ndim=2), fill_value=WHITE)
@@ -103,9 +105,9 @@ class Decoder:
             pixels = fn.color_twist(pixels, **factors)
         return fn.crop_mirror_normalize(
             pixels,
-            dtype=types.FLOAT,
+            dtype=DALIDataType.FLOAT,
             output_layout="CHW",
-            mirror=_argument("mirror", dtype=types.INT32) if self._mirrors else 0,
+            mirror=_argument("mirror", dtype=DALIDataType.INT32) if self._mirrors else 0,
             mean=[self.image.mean] * 3,
             std=[self.image.std] * 3,
         )
@@ -121,7 +123,7 @@ class Decoder:
         return images
 
 
-def _argument(name: str, *, ndim: int = 0, dtype: Any = types.FLOAT) -> Any:
+def _argument(name: str, *, ndim: int = 0, dtype: Any = DALIDataType.FLOAT) -> Any:
     return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
 

@@ -1,6 +1,8 @@
-"""Refusals before decoding: what the first bytes of a picture declare, and caps that keep a bomb from being unpacked."""
+"""Refusals before decoding: what a picture's header declares, and caps that keep a bomb from being unpacked."""
 
 from __future__ import annotations
+
+import struct
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,8 @@ MAX_ENCODED_BYTES = 64 << 20
 MAX_PIXELS = 32 << 20
 """100 MB as decoded RGB; about 5800 x 5800."""
 
+# A picture of the largest size has some 10,000 chunks; more only cost time.
+_MAX_PNG_CHUNKS = 50_000
 _MAX_JPEG_SEGMENTS = 1000
 # Start of frame, baseline to arithmetic; 0xC4, 0xC8 and 0xCC are other segments.
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -38,14 +42,18 @@ def picture_refusal(row: Row) -> str | None:
 
 
 def declared_size(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """Width and height in pixels that the header of a PNG, JPEG or WebP declares. Raises ValueError with the reason."""
+    """Width and height in pixels that the header of a PNG, JPEG or WebP declares.
+
+    Raises ValueError with the reason for anything else, and for a PNG or WebP that ends too early: the decoder would
+    refuse it as well, but would fail the whole batch and write to the terminal. A cut JPEG is left to the decoder.
+    """
     head = image[:32].tobytes()
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        size = _png(head)
+        size = _png(image)
     elif head.startswith(b"\xff\xd8\xff"):
         size = _jpeg(image)
     elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        size = _webp(head)
+        size = _webp(head, len(image))
     else:
         raise ValueError("neither PNG nor JPEG nor WebP" if len(image) else "no picture")
     if not size[0] or not size[1]:
@@ -53,10 +61,20 @@ def declared_size(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
     return size
 
 
-def _png(head: bytes) -> tuple[int, int]:
-    if len(head) < 24 or head[12:16] != b"IHDR":
-        raise ValueError("truncated PNG: no header chunk")
-    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+def _png(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    content, at, size = memoryview(image), 8, None
+    for _ in range(_MAX_PNG_CHUNKS):
+        if at + 12 > len(content):
+            raise ValueError("truncated PNG: no end chunk")
+        length, kind = struct.unpack_from(">I4s", content, at)
+        if size is None:
+            if kind != b"IHDR" or length < 13 or len(content) < 24:
+                raise ValueError("truncated PNG: no header chunk")
+            size = struct.unpack_from(">II", content, 16)
+        if kind == b"IEND":
+            return size
+        at += 12 + length
+    raise ValueError(f"a PNG of more than {_MAX_PNG_CHUNKS} chunks")
 
 
 def _jpeg(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
@@ -76,10 +94,10 @@ def _jpeg(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
     raise ValueError("truncated JPEG: no frame header")
 
 
-def _webp(head: bytes) -> tuple[int, int]:
+def _webp(head: bytes, encoded_bytes: int) -> tuple[int, int]:
     kind = head[12:16]
-    if len(head) < 30:
-        raise ValueError("truncated WebP: no frame header")
+    if len(head) < 30 or int.from_bytes(head[4:8], "little") + 8 > encoded_bytes:
+        raise ValueError("truncated WebP: shorter than it declares")
     if kind == b"VP8 ":
         return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
     if kind == b"VP8L":

@@ -1,4 +1,4 @@
-"""manifest.json: what a folder of Arrow shards holds, and the proof that it still does. Needs neither torch nor DALI."""
+"""manifest.json: what a folder of Arrow shards holds, and the proof that it still does. Needs no torch, no DALI."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Which row a position reads: a stateless permutation, so that the whole state of the data order is one integer.
 
-A *position* counts pairs from the first of the run: step s of a run with B pairs reads positions s * B to (s + 1) * B - 1, whatever
-the number of ranks. Every epoch holds every row exactly once. Needs neither torch nor DALI.
+A *position* counts pairs from the first of the run: step s of a run with B pairs reads positions
+s * B to (s + 1) * B - 1, whatever the number of ranks. Every epoch holds every row exactly once.
+Needs neither torch nor DALI.
 """
 
 from __future__ import annotations
@@ -12,26 +13,31 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
-# Four rounds of a random function make a strong permutation (Luby and Rackoff); a small domain has short halves, hence more.
+# Four rounds of a random function make a strong permutation (Luby and Rackoff); short halves want more.
 _ROUNDS = 8
 
 
 def row_at(positions: Ints, *, rows: int, seed: int) -> tuple[Ints, Ints]:
-    """Epoch and row of each position: (epochs, rows), int64, of the shape of `positions`.
+    """Epoch and row of each position: (epochs, rows), each (n,) int64.
 
-    positions: int64, >= 0. rows: of the source, 1 to 2**62. seed: >= 0.
+    positions: (n,) int64, >= 0. rows: of the source, 1 to 2**62. seed: >= 0.
     Within one epoch the rows are a permutation of 0..rows-1, keyed by (seed, epoch).
     Raises ValueError for a negative position or seed, and for rows outside 1 to 2**62.
     """
     positions = np.asarray(positions, dtype=np.int64)
     if positions.size and positions.min() < 0:
         raise ValueError(f"position {positions.min()} is negative")
-    epochs = positions // rows if rows > 0 else positions
+    if rows < 1:
+        raise ValueError(f"rows={rows}: a source has at least one")
+    epochs = positions // rows
     return epochs, permuted(positions - epochs * rows, size=rows, keys=epoch_keys(seed, epochs))
 
 
 def rank_positions(step: int, *, batch_pairs: int, rank: int, world: int) -> Ints:
-    """The positions that `rank` of `world` reads in `step`: its contiguous slice of the global batch, (batch_pairs / world,) int64."""
+    """What `rank` of `world` reads in `step`: its contiguous slice of the global batch, (batch_pairs / world,) int64.
+
+    Raises ValueError where world does not divide batch_pairs.
+    """
     if batch_pairs % world:
         raise ValueError(f"batch_pairs={batch_pairs} must be a multiple of the number of ranks, {world}")
     local = batch_pairs // world
@@ -42,15 +48,17 @@ def rank_positions(step: int, *, batch_pairs: int, rank: int, world: int) -> Int
 def permuted(index: Ints, *, size: int, keys: Words) -> Ints:
     """Where a keyed bijection of 0..size-1 takes each index; `keys` (one word an index) chooses the bijection.
 
-    A Feistel network permutes the next power of four; an image outside 0..size-1 is permuted again until it falls inside
-    (cycle walking), which keeps the map a bijection. Raises ValueError where size is not in 1 to 2**62.
+    A Feistel network permutes the next power of four; what falls outside 0..size-1 is permuted again until it
+    falls inside (cycle walking), which keeps the map a bijection. Raises ValueError where size is not in 1 to 2**62.
     """
     if not 1 <= size <= 1 << 62:
         raise ValueError(f"a permutation of {size} rows: the size must be in 1 to 2**62")
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    word = _feistel(index.astype(np.uint64), keys, half_bits)
-    while (outside := word >= np.uint64(size)).any():
-        word[outside] = _feistel(word[outside], keys[outside], half_bits)
+    # The key is mixed with the round before a half is added: else equal halves of two rounds would cancel.
+    round_keys = mixed(keys + np.arange(_ROUNDS, dtype=np.uint64)[:, None])
+    word = _feistel(index.astype(np.uint64), round_keys, half_bits)
+    while len(outside := np.flatnonzero(word >= np.uint64(size))):
+        word[outside] = _feistel(word[outside], round_keys[:, outside], half_bits)
     return word.astype(np.int64)
 
 
@@ -63,18 +71,18 @@ def epoch_keys(seed: int, epochs: Ints) -> Words:
 
 
 def mixed(word: Words) -> Words:
-    """SplitMix64's output function (Steele, Lea and Flood, 2014): a bijection of 64-bit words that flips about half the bits."""
+    """SplitMix64's output function (Steele, Lea and Flood, 2014): a bijection that flips about half the bits."""
     word = word + np.uint64(0x9E3779B97F4A7C15)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return word ^ (word >> np.uint64(31))
 
 
-def _feistel(word: Words, keys: Words, half_bits: int) -> Words:
+def _feistel(word: Words, round_keys: Words, half_bits: int) -> Words:
+    """Permutes words of 2 * half_bits bits; words: (n,), round_keys: (rounds, n)."""
     shift = np.uint64(half_bits)
     mask = np.uint64((1 << half_bits) - 1)
     left, right = word >> shift, word & mask
-    for turn in range(_ROUNDS):
-        # The key is mixed with the round before the half is added: else equal halves of two rounds would cancel.
-        left, right = right, left ^ (mixed(right + mixed(keys + np.uint64(turn))) & mask)
+    for round_key in round_keys:
+        left, right = right, left ^ (mixed(right + round_key) & mask)
     return (left << shift) | right

@@ -1,4 +1,4 @@
-"""Numbers from keys: Philox4x32-10, the counter-based generator, vectorised. No state: the same key and counter, the same number."""
+"""Numbers from keys: the counter-based generator Philox4x32-10, vectorised. It has no state."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def philox4x32(counters: npt.NDArray[np.uint64], key: tuple[int, int]) -> npt.ND
 
 
 def uniforms(positions: npt.NDArray[np.int64], *, seed: int, draws: int) -> npt.NDArray[np.float64]:
-    """`draws` independent numbers in [0, 1) for each position, (draws, n) float64; a function of (seed, position) alone.
+    """`draws` numbers in [0, 1) for each position, (draws, n) float64: a function of (seed, position) alone.
 
-    positions: (n,) int64, >= 0. seed: 0 to 2**64 - 1. Draw d of a position does not change where more draws are asked for.
+    positions: (n,) int64, >= 0. seed: 0 to 2**64 - 1. Draw d does not change where more draws are asked for.
     """
     words = positions.astype(np.uint64)
     blocks = -(-draws // 4)
@@ -43,4 +43,5 @@ def uniforms(positions: npt.NDArray[np.int64], *, seed: int, draws: int) -> npt.
     counters[2] = np.arange(blocks, dtype=np.uint64)[:, None]
     random = philox4x32(counters.reshape(4, -1), (seed & 0xFFFFFFFF, seed >> 32))
     # (4, blocks, n) -> draw = block * 4 + word
-    return random.reshape(4, blocks, -1).transpose(1, 0, 2).reshape(blocks * 4, -1)[:draws] * 2.0**-32
+    in_order = random.reshape(4, blocks, -1).transpose(1, 0, 2).reshape(blocks * 4, -1)
+    return in_order[:draws].astype(np.float64) * 2.0**-32

@@ -1,4 +1,4 @@
-"""Captions to tokens: SentencePiece, lower case, a sticky end-of-text, padding with 1, as big_vision's `tokenize` does."""
+"""Captions to tokens: SentencePiece, lower case, a sticky end-of-text, padding with 1, as in big_vision."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy.typing as npt
 import sentencepiece
 
 from limoe_dist.config.errors import UserError
+from limoe_dist.config.schema import Run
+from limoe_dist.data.manifest import Manifest, sha256_of
 from limoe_dist.data.manifest import Tokenizer as TokenizerEntry
-from limoe_dist.data.manifest import sha256_of
 
 PAD_VALUE = 1
 EOS = 1
@@ -36,10 +37,10 @@ class Tokenizer:
     """A SentencePiece vocabulary whose end-of-text is 1, for texts of at most `length` tokens."""
 
     def __init__(self, path: Path | str, *, length: int, vocab_limit: int, entry: TokenizerEntry | None = None) -> None:
-        """vocab_limit: text.vocab_size, the rows of the token embedding. entry: the manifest's, whose checksum must be met.
+        """vocab_limit: text.vocab_size, the rows of the token embedding. entry: the manifest's, with its checksum.
 
-        Raises UserError where the file is missing, too large, another one than `entry` says, no SentencePiece model, has a
-        larger vocabulary than `vocab_limit`, or another end-of-text than 1.
+        Raises UserError where the file is missing, too large, no SentencePiece model or not the one of `entry`, and
+        where its vocabulary is larger than `vocab_limit` or its end-of-text is not 1.
         """
         self.path, self.length = Path(path), length
         _check_file(self.path, entry)
@@ -56,7 +57,8 @@ class Tokenizer:
             )
         if self._pieces.eos_id() != EOS:
             raise UserError(
-                f"tokenizer {self.path}: its end-of-text is {self._pieces.eos_id()}, not {EOS}: train it with `limoe prep tokenizer`"
+                f"tokenizer {self.path}: its end-of-text is {self._pieces.eos_id()}, not {EOS}: "
+                "train one with `limoe prep tokenizer`"
             )
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
@@ -73,6 +75,24 @@ class Tokenizer:
         return Tokens(tokens=tokens, valid=valid)
 
 
+def open_tokenizer(run: Run, manifest: Manifest, folder: Path) -> Tokenizer:
+    """The run's tokenizer: data.tokenizer, or where that is empty the one that the manifest in `folder` names.
+
+    Raises UserError as `Tokenizer` does, and where neither names one.
+    """
+    entry = manifest.tokenizer
+    if run.data.tokenizer:
+        path, entry = Path(run.data.tokenizer), None
+    elif entry is not None:
+        path = folder / entry.file
+    else:
+        raise UserError(
+            f"data.tokenizer is empty, and the manifest in {folder} names none: "
+            "give data.tokenizer, or train one with `limoe prep tokenizer`"
+        )
+    return Tokenizer(path, length=run.text.length, vocab_limit=run.text.vocab_size, entry=entry)
+
+
 def normalised(text: str) -> str:
     """NFKC, lower case, every run of white space one blank, none at the ends."""
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
@@ -84,7 +104,9 @@ def _check_file(path: Path, entry: TokenizerEntry | None) -> None:
             f"tokenizer {path}: no such file: give data.tokenizer, or train one with `limoe prep tokenizer`"
         )
     if path.stat().st_size > MAX_MODEL_BYTES:
-        raise UserError(f"tokenizer {path}: {path.stat().st_size} bytes; a SentencePiece model has at most {MAX_MODEL_BYTES}")
+        raise UserError(
+            f"tokenizer {path}: {path.stat().st_size} bytes; a SentencePiece model has at most {MAX_MODEL_BYTES}"
+        )
     if entry is not None and (found := sha256_of(path)) != entry.sha256:
         raise UserError(
             f"tokenizer {path}: sha256 is {found[:12]}..., but the manifest says {entry.sha256[:12]}...: "

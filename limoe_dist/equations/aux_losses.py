@@ -82,5 +82,7 @@ def thresholded_global_entropy(mean_gates_GE: Tensor, threshold: float) -> Tenso
     """
     num_experts = mean_gates_GE.shape[-1]
     if threshold > math.log(num_experts) + 1e-9:
-        raise ValueError(f"threshold={threshold:.4f} must not exceed log(E)=log({num_experts})={math.log(num_experts):.4f}")
+        raise ValueError(
+            f"threshold={threshold:.4f} must not exceed log(E)=log({num_experts})={math.log(num_experts):.4f}"
+        )
     return (threshold - entropy(mean_gates_GE)).clamp(min=0)

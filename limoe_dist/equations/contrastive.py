@@ -22,7 +22,8 @@ class Contrastive:
 
 def normalize(embedding_bP: Tensor) -> Tensor:
     """Rows divided by their length plus 1e-8, as in big_vision's two_towers."""
-    return embedding_bP / (embedding_bP.norm(dim=-1, keepdim=True) + 1e-8)
+    length_b1: Tensor = torch.linalg.vector_norm(embedding_bP, dim=-1, keepdim=True)
+    return embedding_bP / (length_b1 + 1e-8)
 
 
 def contrastive_loss(

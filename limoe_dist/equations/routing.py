@@ -20,7 +20,7 @@ def capacity(num_tokens: int, *, num_experts: int, k: int, factor: float, multip
 
     S = 212, E = 8, factor 1 gives 27 and, rounded up, 28. Masked padding counts as tokens, so that C is static.
     """
-    # The product may exceed a whole number by its last bit: 1.05 * 160 is 168.00000000000003, not a 169th slot.
+    # The product may exceed a whole number by its last bit: 50 * 1.1 is 55.00000000000001, not a 56th slot.
     slots = math.ceil(round(num_tokens * k * factor / num_experts, 9))
     return max(1, math.ceil(slots / multiple)) * multiple
 
@@ -66,9 +66,7 @@ def service_order(
     return priority_GS.argsort(dim=-1, descending=True, stable=True)
 
 
-def slots(
-    expert_GSK: Tensor, order_GS: Tensor, valid_GS: Tensor | None = None, *, num_experts: int
-) -> Tensor:
+def slots(expert_GSK: Tensor, order_GS: Tensor, valid_GS: Tensor | None = None, *, num_experts: int) -> Tensor:
     """(G, S, K) int64: the number of earlier requests for the same expert, so a request is kept where slot < C.
 
     All first choices are served before any second choice, each in the order of service; a full expert goes on

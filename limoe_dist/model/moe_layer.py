@@ -1,7 +1,7 @@
 """The mixture of experts that replaces a block's MLP: router, capacity and priority see both modalities' tokens.
 
-Shapes: T tokens of this rank, G routing groups, S tokens of a group, K choices, E experts, L = E / ep experts on this rank,
-C slots of an expert in a group, D width, F hidden width of an expert.
+Shapes: T tokens of this rank, G routing groups, S tokens of a group, K choices, E experts, L = E / ep experts on this
+rank, C slots of an expert in a group, D width, F hidden width of an expert.
 Source: LIMoE (arXiv 2206.02770), section 2.2.
 """
 
@@ -154,7 +154,7 @@ class MoeLayer(nn.Module):
     def _record(
         self, losses: dict[str, Tensor], clean_GSE: Tensor, choices: Choices, kept_GSK: Tensor, layout: TokenLayout
     ) -> MoeRecord:
-        groups, tokens, k = kept_GSK.shape
+        groups, tokens, _ = kept_GSK.shape
         text_S = torch.arange(tokens, device=clean_GSE.device) >= layout.group_image_tokens
         real_GS = layout.valid_GS
         if real_GS is None:

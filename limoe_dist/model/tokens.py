@@ -2,7 +2,7 @@
 
     [ image tokens of pair 0 | of pair 1 | ... | text tokens of pair 0 | of pair 1 | ... ]
 
-One tensor for both modalities: every layer is one matrix product, attention takes two views, and a routing group is an index.
+One tensor for both modalities: a layer is one matrix product, attention takes two views, a routing group is an index.
 Shapes: T tokens, G routing groups, S tokens of a group.
 """
 

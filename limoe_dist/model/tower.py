@@ -38,17 +38,13 @@ class Limoe(nn.Module):
         self.run = run
         width, embed_dim = run.model.width, run.model.embed_dim
         self.image_embed = PatchEmbed(patch=run.image.patch, num_tokens=run.image_tokens, width=width, mesh=mesh)
-        self.text_embed = TextEmbed(
-            vocab_size=run.text.vocab_size, num_tokens=run.text.length, width=width, mesh=mesh
-        )
+        self.text_embed = TextEmbed(vocab_size=run.text.vocab_size, num_tokens=run.text.length, width=width, mesh=mesh)
         self.blocks = nn.ModuleList(Block(run, index, mesh=mesh) for index in range(run.model.depth))
         self.norm = LayerNorm(width, mesh=mesh)
         projection = Placement((width, embed_dim), Init.lecun(width), decay=True)
         self.image_projection = make_parameter(projection, mesh)
         self.text_projection = make_parameter(projection, mesh)
-        self.log_scale = make_parameter(
-            Placement((), Init("constant", -math.log(run.model.init_temperature))), mesh
-        )
+        self.log_scale = make_parameter(Placement((), Init("constant", -math.log(run.model.init_temperature))), mesh)
 
     def forward(
         self,

@@ -6,28 +6,30 @@ several ranks is summed, never averaged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from limoe_dist.config.errors import UserError
 from limoe_dist.parallel.mesh import Axis
 
 
 def all_gather_rows(x: Tensor, axis: Axis) -> Tensor:
     """Forward: all-gather of dim 0 in rank order; (n, ...) -> (size * n, ...). Backward: reduce-scatter, SUM."""
-    return x if axis.group is None else _AllGatherRows.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.group is None else _AllGatherRows.apply(x, axis)
 
 
 def reduce_scatter_rows(x: Tensor, axis: Axis) -> Tensor:
     """Forward: reduce-scatter of dim 0, SUM; (size * n, ...) -> (n, ...). Backward: all-gather."""
-    return x if axis.group is None else _ReduceScatterRows.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.group is None else _ReduceScatterRows.apply(x, axis)
 
 
 def all_to_all_rows(x: Tensor, axis: Axis) -> Tensor:
     """Forward: equal-split all-to-all of dim 0: chunk i goes to rank i. Backward: the same (its own inverse)."""
-    return x if axis.group is None else _AllToAllRows.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.group is None else _AllToAllRows.apply(x, axis)
 
 
 class _AllGatherRows(torch.autograd.Function):
@@ -65,13 +67,13 @@ class _AllToAllRows(torch.autograd.Function):
 
 def _gather(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    dist.all_gather_single(out, x.contiguous(), group=axis.group)
     return out
 
 
 def _scatter(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    dist.reduce_scatter_single(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -93,3 +95,12 @@ def max_over(x: Tensor, axis: Axis) -> Tensor:
     if axis.group is not None:
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
     return x
+
+
+def raise_together(problems: Sequence[str], axis: Axis, device: torch.device) -> None:
+    """Raises UserError on every rank of the axis where any rank has a problem, or on none: nobody is left waiting."""
+    found = max_over(torch.tensor(float(bool(problems)), device=device), axis)
+    if problems:
+        raise UserError("\n".join(problems), shared=False)
+    if found.item():
+        raise UserError("another rank found a fault and named it", shared=True)

@@ -1,8 +1,8 @@
 """Random numbers as a function of keys: the same on every rank, in every layout, at every replay. No generator state.
 
-A stream is named by integers (seed, step, block, group, ...); element i of a stream is a mix of its key and i. The mix is
-SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), in int64
-arithmetic that wraps around, which CPU and GPU compute alike.
+A stream is named by integers (seed, step, block, group, ...); element i of a stream is a mix of its key and i. The mix
+is SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), in
+int64 arithmetic that wraps around, which CPU and GPU compute alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where a gradient is summed, and how long it is: one table for every layout.
 
-Every parameter is tagged with its Placement. Its gradient is SUMMED over the ranks that hold the same values (dense: world;
-cut over tp: dp; experts: edp), in parallel.reduce_dtype, in buckets of a fixed order; the loss is already divided by
-the global batch, so nothing is averaged. The global norm counts every logical element once.
+Every parameter is tagged with its Placement. Its gradient is SUMMED over the ranks that hold the same values (dense:
+world; cut over tp: dp; experts: edp), in parallel.reduce_dtype, in buckets of a fixed order; the loss is divided by the
+global batch already, so nothing is averaged. The global norm counts every logical element once.
 """
 
 from __future__ import annotations

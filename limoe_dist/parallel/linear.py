@@ -6,8 +6,8 @@
         rank 1 [=====]                  [==]   | [==]
         output features are split       input features are split, outputs are partial sums
 
-Tokens are split along pairs outside: gather_tokens before a column-parallel layer gives every rank the tokens of the whole
-tp group, scatter_tokens after a row-parallel one adds the partial sums and gives each rank its own tokens back.
+Tokens are split along pairs outside: gather_tokens before a column-parallel layer gives every rank the tokens of the
+whole tp group, scatter_tokens after a row-parallel one adds the partial sums and gives each rank its own tokens back.
 Source: Megatron-LM (arXiv 1909.08053), section 3, with the sequence parallelism of arXiv 2205.05198 along pairs.
 """
 
@@ -47,7 +47,7 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """y = x W^T + b with the input features cut over tp; returns this rank's tokens.
 
-    The bias is added after the reduce-scatter: before it, every rank would add it once and the sum would hold it tp times.
+    The bias is added after the reduce-scatter: before it, each rank would add it and the sum would hold it tp times.
     """
 
     def __init__(self, in_size: int, out_size: int, *, mesh: Mesh, weight_init: Init, bias_init: Init) -> None:

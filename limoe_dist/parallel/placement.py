@@ -64,7 +64,7 @@ class Placement:
 
 
 def make_parameter(placement: Placement, mesh: Mesh) -> nn.Parameter:
-    """An empty parameter of this rank's shape, tagged with its placement. Raises ValueError where it does not divide."""
+    """An empty parameter of this rank's shape, tagged with its placement. Raises ValueError where it cannot be cut."""
     shape = list(placement.shape)
     axis = placement.shard(mesh)
     if axis is not None:

@@ -1,0 +1,65 @@
+"""The `limoe` command: a table of commands, each in a module of its own that is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from limoe_dist.config.errors import UserError, nearest
+
+COMMANDS = {
+    "train": ("launch.train", "train a preset on Arrow shards, or go on with --resume RUN"),
+    "eval": ("launch.evaluate", "zero-shot classification and retrieval of a trained run"),
+    "report": ("launch.report", "write one HTML page about a run"),
+    "plan": ("launch.plan", "parameters, memory and layout of a preset, without training"),
+    "prep": ("data_prep.cli", "from public data to Arrow shards and a vocabulary"),
+    "doctor": ("launch.doctor", "what of this machine limoe-dist can use"),
+}
+
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+
+USAGE = """\
+limoe trains LIMoE, one transformer tower for images and text with a sparse mixture of experts.
+
+usage: limoe COMMAND [options]      (limoe COMMAND --help tells more)
+
+{commands}
+
+First steps:
+  limoe doctor
+  limoe prep fetch-demo --out demo
+  limoe prep pack --source demo/train --out shards/train
+  limoe train tiny --data shards/train/manifest.json --out runs/first --ranks 2 --parallel.ep 2
+
+exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 interrupted"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status. What a user can mend is printed as lines, without a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(len(name) for name in COMMANDS)
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items())))
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f'unknown command "{argv[0]}"{nearest(argv[0], COMMANDS)} (see limoe --help)')
+        return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]))
+    except UserError as error:
+        rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
+        # What all ranks found together is told once.
+        if rank == "0" or not error.shared:
+            for line in str(error).splitlines():
+                print(f"limoe: error: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`limoe plan h14 | head`): nothing is left to say, and nowhere to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

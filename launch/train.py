@@ -1,0 +1,138 @@
+"""`limoe train`: checks everything that can be checked before a rank starts, starts ranks, trains."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.parse import load_run, preset_named
+from limoe_dist.config.presets import names
+from limoe_dist.config.rules import check
+from limoe_dist.config.schema import Run
+from limoe_dist.data.manifest import load_manifest
+
+USAGE = """\
+usage: limoe train PRESET --data MANIFEST --out RUN [--ranks N] [any setting]
+       limoe train --resume RUN [--ranks N] [settings that do not decide results]
+       torchrun --nproc-per-node N -m limoe_dist train PRESET ...       (the same run)
+
+presets:
+{presets}
+
+`limoe train PRESET --help` lists every setting with the preset's value.
+
+Ctrl-C and SIGTERM save a checkpoint and end; `--resume RUN` goes on from there. --ranks waits train.stop_grace_s
+seconds for that save. Under torchrun, whose own limit is 30 s, pass `--shutdown-timeout 120` to torchrun.
+
+exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 or 143 stopped by Ctrl-C or SIGTERM, saved"""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    run: Annotated[Run, tyro.conf.arg(name="")]
+    data: str = ""
+    """manifest.json of the training shards; the same as --data.manifest."""
+    out: str = ""
+    """Directory of the run: settings, metrics, checkpoints. It must be new or empty."""
+    resume: str = ""
+    """Directory of a run to go on with, in place of a preset, --data and --out."""
+    ranks: int = field(default=1)
+    """Ranks to start on this machine; under torchrun, Slurm or MPI the launcher decides."""
+    stop_after: int = 0
+    """End with a checkpoint after this optimizer step; 0: train to train.steps."""
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(len(name) for name in names())
+        print(USAGE.format(presets="\n".join(f"  {name:<{width}}  {about}" for name, about in names().items())))
+        return 0 if argv else 2
+    command, run = _parse(argv)
+    out, resume = Path(command.resume or command.out), bool(command.resume)
+
+    from limoe_dist.parallel.bootstrap import discover
+    from limoe_dist.train.folder import new_run_problem, resume_problems
+
+    place = discover(os.environ)
+    alone = place.found_by == "alone"
+    check(run, world=command.ranks if alone else place.world)
+    load_manifest(Path(run.data.manifest))
+    if run.data.validation:
+        load_manifest(Path(run.data.validation))
+    problems = resume_problems(out, run) if resume else []
+    if not resume and alone and (problem := new_run_problem(out)):
+        problems = [problem]
+    if problems:
+        raise UserError("\n".join(problems))
+    if alone and command.ranks > 1:
+        from launch.ranks import run_local
+
+        return run_local(
+            ["train", *argv], ranks=command.ranks, threads=run.parallel.threads, grace_s=run.train.stop_grace_s
+        )
+    return _train(run, out, resume=resume, stop_after=command.stop_after or None, launched=not alone)
+
+
+def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
+    """The command line on top of a preset, or of the run.json of a run that goes on."""
+    resumed = _value_of("--resume", argv)
+    if argv[0].startswith("-"):
+        if resumed is None:
+            raise UserError(f"give a preset first, as in `limoe train tiny ...`, or --resume RUN (got {argv[0]})")
+        if not (Path(resumed) / "run.json").is_file():
+            raise UserError(f"--resume {resumed}: there is no run.json: this is not the directory of a run")
+        default, options = load_run(Path(resumed) / "run.json"), argv
+    else:
+        if resumed is not None:
+            raise UserError(f"--resume {resumed} goes on with that run's settings: leave out the preset {argv[0]}")
+        default, options = preset_named(argv[0]), argv[1:]
+    prog = f"limoe train {argv[0]}" if resumed is None else "limoe train"
+    command = tyro.cli(TrainCommand, args=options, prog=prog, default=TrainCommand(run=default))
+    run = command.run
+    if resumed is not None:
+        if command.out or command.data:
+            raise UserError("--resume RUN keeps the run's own --out and --data: leave them out")
+        return command, run
+    if command.data and run.data.manifest and command.data != run.data.manifest:
+        raise UserError(f"--data {command.data} and --data.manifest {run.data.manifest} differ: give one of them")
+    if not (command.data or run.data.manifest):
+        raise UserError("--data is missing: the manifest.json that `limoe prep pack` wrote")
+    if not command.out:
+        raise UserError("--out is missing: a new directory for the run")
+    if command.data:
+        run = run.model_copy(update={"data": run.data.model_copy(update={"manifest": command.data})})
+    return command, run
+
+
+def _value_of(option: str, argv: list[str]) -> str | None:
+    for place, word in enumerate(argv):
+        if word == option and place + 1 < len(argv):
+            return argv[place + 1]
+        if word.startswith(option + "="):
+            return word.removeprefix(option + "=")
+    return None
+
+
+def _train(run: Run, out: Path, *, resume: bool, stop_after: int | None, launched: bool) -> int:
+    from limoe_dist.parallel.bootstrap import start
+    from limoe_dist.train.loop import train
+
+    with start(run.parallel, os.environ) as (mesh, device):
+        outcome = train(run, out, mesh=mesh, device=device, resume=resume, stop_after=stop_after)
+        if mesh.rank == 0:
+            done = outcome.step == run.train.steps
+            print(
+                f"done: {outcome.step} steps; report: limoe report {out}"
+                if done
+                else f"stopped at step {outcome.step} of {run.train.steps}, saved; go on: limoe train --resume {out}"
+                + (f" --ranks {mesh.world.size}" if mesh.world.size > 1 else "")
+            )
+            sys.stdout.flush()
+    # A launcher that sent the signal has its own status for it; a worker that saved has not failed.
+    return 128 + outcome.signal if outcome.signal and not launched else 0

@@ -1,0 +1,175 @@
+"""Zero-shot classification: a picture belongs to the class whose prompts lie nearest to it.
+
+Protocol of LiT (arXiv 2111.07991), which LIMoE's evaluation follows (section 3.1): every name of a class goes into
+every template, the embeddings are averaged and brought back to length 1, and the largest dot product wins.
+
+Shapes: R pictures, K classes, X prompts, P embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.schema import Run
+from limoe_dist.data.arrow import ShardSet
+from limoe_dist.data.tokenizer import Tokenizer
+from limoe_dist.equations.contrastive import normalize
+from limoe_dist.eval.classes import NO_CLASS, ClassNames, classes_of_concepts, concepts_of, true_classes
+from limoe_dist.eval.embed import Progress, embed_pictures, embed_texts, silent
+from limoe_dist.eval.ranking import chance_frac, evenly_spread, hit_fracs, nearest_keys
+from limoe_dist.model.tower import Limoe
+from limoe_dist.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One picture and the classes that it was taken for."""
+
+    row: int
+    key: str
+    concept: str
+    first: tuple[str, ...]
+    """Up to five class names, best first."""
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    rows: int
+    """Pictures that were classified: each good row with a concept, once."""
+    classes: int
+    top1: float
+    top5: float
+    """Shares of the rows, 0 to 1."""
+    chance_top1: float
+    chance_top5: float
+    """What guessing gives."""
+    bad_rows: int
+    """Rows whose picture could not be decoded."""
+    unnamed_rows: int
+    """Rows without a concept."""
+    templates: tuple[str, ...]
+    capacity: str
+    """moe.eval_capacity; with "paper", embeddings depend on the batch that they are in."""
+    examples: tuple[Guess, ...]
+    """Some of the rows, evenly spread."""
+    row_R: Tensor = field(repr=False, compare=False)
+    """(rows,) int64 on the CPU: the rows that were classified."""
+    first_R5: Tensor = field(repr=False, compare=False)
+    """(rows, min(5, K)) int64 on the CPU: the classes that each was taken for, best first."""
+
+    def line(self) -> str:
+        """For a person who watches training."""
+        return f"zero-shot top-1 {self.top1:.3f}, top-5 {self.top5:.3f} of {self.classes} classes"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "classes": self.classes,
+            "top1": self.top1,
+            "top5": self.top5,
+            "chance_top1": self.chance_top1,
+            "chance_top5": self.chance_top5,
+            "bad_rows": self.bad_rows,
+            "unnamed_rows": self.unnamed_rows,
+            "templates": list(self.templates),
+            "capacity": self.capacity,
+            "examples": [vars(guess) | {"first": list(guess.first)} for guess in self.examples],
+        }
+
+
+def zeroshot(
+    model: Limoe,
+    run: Run,
+    shards: ShardSet,
+    tokenizer: Tokenizer,
+    *,
+    mesh: Mesh,
+    device: torch.device,
+    classes: Sequence[ClassNames] | None = None,
+    progress: Progress = silent,
+) -> ZeroShot:
+    """Classifies every picture of the manifest; the same result on every rank. A collective over all ranks.
+
+    classes: None takes the manifest's distinct concepts. Raises UserError where a row's concept is no class, no row
+    has a concept, no picture can be decoded, a template has no {} or an embedding is not finite.
+    """
+    concepts = concepts_of(shards)
+    place = str(shards.path)
+    if classes is None:
+        classes = classes_of_concepts(concepts, place=place)
+    class_R = torch.tensor(true_classes(concepts, classes, place=place), device=device)
+    prompts = class_prompts(classes, run.eval.templates)
+    text_XP = embed_texts(model, run, tokenizer, prompts.texts, mesh=mesh, device=device, progress=progress)
+    class_KP = class_embeddings(text_XP, prompts.class_X.to(device), len(classes))
+    pictures = embed_pictures(model, run, shards, mesh=mesh, device=device, progress=progress)
+    used_R = (class_R != NO_CLASS) & pictures.good_R
+    if not used_R.any():
+        raise UserError(f"{place}: no row has both a concept and a picture that can be decoded: pack again", shared=True)
+    row = used_R.nonzero()[:, 0]
+    first_R5 = nearest_keys(pictures.image_RP[row], class_KP, 5)
+    top1, top5 = hit_fracs(first_R5, class_R[row], torch.arange(len(classes), device=device), (1, 5))
+    return ZeroShot(
+        rows=len(row),
+        classes=len(classes),
+        top1=top1,
+        top5=top5,
+        chance_top1=chance_frac(len(classes), 1, 1),
+        chance_top5=chance_frac(len(classes), 1, 5),
+        bad_rows=int((~pictures.good_R).sum()),
+        unnamed_rows=int((class_R == NO_CLASS).sum()),
+        templates=run.eval.templates,
+        capacity=run.moe.eval_capacity,
+        examples=_examples(shards, row, first_R5, classes),
+        row_R=row.cpu(),
+        first_R5=first_R5.cpu(),
+    )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    texts: tuple[str, ...]
+    """X of them: the names of a class in every template, class by class."""
+    class_X: Tensor
+    """(X,) int64: the class of each."""
+
+
+def class_prompts(classes: Sequence[ClassNames], templates: Sequence[str]) -> Prompts:
+    """Every name of every class in every template. Raises UserError for no template, and for one without {}."""
+    check_templates(templates)
+    made = [
+        (template.replace("{}", name), number)
+        for number, names in enumerate(classes)
+        for name in names
+        for template in templates
+    ]
+    return Prompts(texts=tuple(text for text, _ in made), class_X=torch.tensor([number for _, number in made]))
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    if not templates:
+        raise UserError('eval.templates is empty: give at least one, for example "a photo of a {}"', shared=True)
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f'eval.templates: "{template}" must hold {{}} where the class name goes', shared=True)
+
+
+def class_embeddings(text_XP: Tensor, class_X: Tensor, num_classes: int) -> Tensor:
+    """(K, P): the mean of each class's prompts, brought back to length 1. text_XP: rows of length 1."""
+    # The sum points where the mean does.
+    sum_KP = text_XP.new_zeros(num_classes, text_XP.shape[1]).index_add_(0, class_X, text_XP)
+    return normalize(sum_KP)
+
+
+def _examples(shards: ShardSet, row: Tensor, first_R5: Tensor, classes: Sequence[ClassNames]) -> tuple[Guess, ...]:
+    guesses = []
+    for i in evenly_spread(len(row)):
+        found = shards.row(int(row[i]))
+        names = tuple(classes[number][0] for number in first_R5[i].tolist())
+        guesses.append(Guess(row=found.number, key=found.key, concept=found.concept, first=names))
+    return tuple(guesses)

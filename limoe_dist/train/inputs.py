@@ -1,0 +1,70 @@
+"""The data of a run, opened and checked before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.schema import Run
+from limoe_dist.data.arrow import ShardSet
+from limoe_dist.data.manifest import Manifest, sha256_of
+from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
+from limoe_dist.parallel.collectives import raise_together
+from limoe_dist.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Inputs:
+    train: ShardSet
+    validation: ShardSet | None
+    tokenizer: Tokenizer
+    data_hash: str
+    """Of the training shards' checksums: a resumed run must read the same rows."""
+    tokenizer_hash: str
+
+
+def open_inputs(run: Run, mesh: Mesh, device: torch.device) -> Inputs:
+    """Opens shards and vocabulary; the ranks share the work of checking every shard's checksum. A collective.
+
+    Raises UserError on all ranks where a manifest, a shard or the vocabulary is not what it should be.
+    """
+    problems: list[str] = []
+    found: Inputs | None = None
+    try:
+        found = _open(run, mesh)
+    except UserError as error:
+        problems = [str(error)]
+    # All ranks read the same files: rank 0 tells, unless another one alone found something.
+    raise_together(problems, mesh.world, device)
+    assert found is not None
+    return found
+
+
+def _open(run: Run, mesh: Mesh) -> Inputs:
+    train = ShardSet(run.data.manifest)
+    validation = ShardSet(run.data.validation) if run.data.validation else None
+    for shards in (train, validation):
+        if shards is not None:
+            _verify(shards.manifest, shards.path.parent, mesh)
+    tokenizer = open_tokenizer(run, train.manifest, train.path.parent)
+    checksums = "".join(shard.sha256 for shard in train.manifest.shards)
+    return Inputs(
+        train=train,
+        validation=validation,
+        tokenizer=tokenizer,
+        data_hash=hashlib.sha256(checksums.encode()).hexdigest(),
+        tokenizer_hash=sha256_of(tokenizer.path),
+    )
+
+
+def _verify(manifest: Manifest, folder: Path, mesh: Mesh) -> None:
+    for shard in manifest.shards[mesh.rank :: mesh.world.size]:
+        if sha256_of(folder / shard.file) != shard.sha256:
+            raise UserError(
+                f"{folder / shard.file}: its checksum is not the one in the manifest: "
+                "the shard was changed after packing; pack again or copy it again"
+            )

@@ -1,0 +1,196 @@
+"""What a run tells about itself: means over the steps between two lines, summed over ranks once a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limoe_dist.config.schema import Run
+from limoe_dist.model.moe_layer import AUX_LOSSES, MoeRecord
+from limoe_dist.parallel.collectives import sum_over
+from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.train.step import StepResult
+
+
+class Window:
+    """Sums of local figures over some steps. Nothing leaves the device, and no rank speaks, until `summary`."""
+
+    def __init__(self, run: Run, mesh: Mesh, device: torch.device) -> None:
+        self.run, self.mesh, self.device = run, mesh, device
+        self._start()
+
+    def _start(self) -> None:
+        self.steps = 0
+        self._began = time.perf_counter()
+        self._total: Tensor | None = None
+        self._last: StepResult | None = None
+
+    @torch.no_grad()
+    def add(self, result: StepResult) -> None:
+        parts = [result.contrastive[None], result.aux[None], result.correct_2, result.grad_norm[None] / self._ranks]
+        for record in result.records.values():
+            parts += [torch.stack([self._loss(record, name) for name in AUX_LOSSES])]
+            parts += [record.routed_E2.flatten(), record.kept_E2.flatten(), record.entropy_2, record.tokens_2]
+        figures = torch.cat([part.double() for part in parts])
+        self._total = figures if self._total is None else self._total + figures
+        self._last = result
+        self.steps += 1
+
+    @property
+    def _ranks(self) -> int:
+        return self.mesh.world.size
+
+    def _loss(self, record: MoeRecord, name: str) -> Tensor:
+        loss = record.losses.get(name)
+        return torch.zeros((), device=self.device) if loss is None else loss.detach()
+
+    def summary(self, *, step: int, temperature: Tensor) -> dict[str, Any]:
+        """The figures of the steps since the last call, over all ranks; begins a new window. A collective.
+
+        Raises ValueError where no step was added.
+        """
+        if self._total is None or self._last is None:
+            raise ValueError("no step was added since the last summary")
+        total = (sum_over(self._total, self.mesh.world) / self.steps).tolist()
+        seconds = time.perf_counter() - self._began
+        pairs = self.run.train.batch_pairs
+        contrastive, aux, image_to_text, text_to_image, grad_norm = total[:5]
+        figures: dict[str, Any] = {
+            "step": step,
+            "time": time.time(),
+            "loss": contrastive + aux,
+            "contrastive": contrastive,
+            "aux": aux,
+            "accuracy_image_to_text": image_to_text / pairs,
+            "accuracy_text_to_image": text_to_image / pairs,
+            "grad_norm": grad_norm,
+            "lr": self._last.rate,
+            "temperature": math.exp(-temperature.item()),
+            "pairs_per_s": pairs * self.steps / seconds,
+            "seconds_per_step": seconds / self.steps,
+            "memory_bytes": peak_memory(self.device),
+        }
+        figures |= self._blocks(total[5:], list(self._last.records))
+        self._start()
+        return figures
+
+    def _blocks(self, total: list[float], indices: list[int]) -> dict[str, Any]:
+        """Per MoE block: losses, success rates, entropies, experts in use; and the mean of each loss over blocks."""
+        experts, losses = self.run.moe.num_experts, len(AUX_LOSSES)
+        groups = self.run.train.batch_pairs // self.run.moe.group_pairs
+        blocks: dict[str, dict[str, Any]] = {}
+        length = losses + 4 * experts + 4
+        for number, index in enumerate(indices):
+            part = total[number * length : (number + 1) * length]
+            routed = _pairs(part[losses : losses + 2 * experts])
+            kept = _pairs(part[losses + 2 * experts : losses + 4 * experts])
+            entropy, tokens = part[-4:-2], part[-2:]
+            block: dict[str, Any] = {
+                name: value / groups for name, value in zip(AUX_LOSSES, part[:losses], strict=True)
+            }
+            for modality, name in enumerate(("image", "text")):
+                asked = sum(pair[modality] for pair in routed)
+                block[f"success_{name}"] = sum(pair[modality] for pair in kept) / asked if asked else None
+                block[f"entropy_{name}"] = entropy[modality] / tokens[modality] if tokens[modality] else None
+                # An expert is in use where it gets at least half of an even share of the modality's tokens.
+                block[f"experts_{name}"] = sum(pair[modality] * experts >= asked / 2 > 0 for pair in routed)
+            block["kept"] = kept
+            blocks[str(index)] = block
+        means = {f"aux_{n}": sum(b[n] for b in blocks.values()) / len(blocks) for n in AUX_LOSSES} if blocks else {}
+        return means | {"blocks": blocks}
+
+
+def _pairs(values: list[float]) -> list[list[float]]:
+    return [values[i : i + 2] for i in range(0, len(values), 2)]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that the GPU's allocator held, or this process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def success(figures: dict[str, Any], modality: str) -> float | None:
+    """The lowest success rate of a modality over the MoE blocks; None for a dense model."""
+    rates = [block[f"success_{modality}"] for block in figures["blocks"].values()]
+    known = [rate for rate in rates if rate is not None]
+    return min(known) if known else None
+
+
+class Log:
+    """metrics.jsonl, evaluations.jsonl, positions.jsonl and TensorBoard of a run; rank 0 writes, others do nothing."""
+
+    def __init__(self, out: Path, run: Run, *, first_step: int, writes: bool) -> None:
+        self.out, self.writes = out, writes
+        self._board: Any = None
+        if not writes:
+            return
+        for name in ("metrics.jsonl", "evaluations.jsonl", "positions.jsonl"):
+            _forget_after(out / name, first_step)
+        if run.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+
+    def metrics(self, figures: dict[str, Any]) -> None:
+        self._line("metrics.jsonl", figures)
+        if self._board is not None:
+            for name, value in _scalars(figures):
+                self._board.add_scalar(name, value, figures["step"])
+
+    def evaluation(self, figures: dict[str, Any]) -> None:
+        self._line("evaluations.jsonl", figures)
+        if self._board is not None:
+            for name, value in _scalars({k: v for k, v in figures.items() if k != "step"}):
+                self._board.add_scalar(f"evaluation/{name}", value, figures["step"])
+
+    def positions(self, *, first_step: int, step: int, batch_pairs: int) -> None:
+        """Steps first_step + 1 to `step` consumed the positions from `first` up to, not including, `end`."""
+        if step > first_step:
+            self._line(
+                "positions.jsonl",
+                {"step": step, "from_step": first_step, "first": first_step * batch_pairs, "end": step * batch_pairs},
+            )
+
+    def _line(self, name: str, content: dict[str, Any]) -> None:
+        if self.writes:
+            with (self.out / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(content) + "\n")
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the lines of steps that a resumed run does again, and a line that was cut in the middle."""
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _scalars(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    scalars: list[tuple[str, float]] = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            scalars += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "time":
+            scalars.append((prefix + name, value))
+    return scalars

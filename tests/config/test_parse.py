@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.parse import fingerprint, known_keys, load_run, save_run, write_atomically
+from limoe_dist.config.presets import names, preset
+from limoe_dist.config.schema import Run
+from tests.config.settings import changed
+
+
+def refusal(tmp_path, content):
+    """What load_run says about a run.json of this content."""
+    path = tmp_path / "run.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        load_run(path)
+    return str(caught.value).replace(f"{path}: ", "").splitlines()
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_run_comes_back_from_run_json_as_it_was(tmp_path, name):
+    path = tmp_path / "run.json"
+    save_run(preset(name), path)
+    assert load_run(path) == preset(name)
+
+
+def test_every_changed_setting_comes_back(tmp_path):
+    run = changed(preset("tiny"), {"optim.lr": 0.1 + 0.2, "data.manifest": "Größe/m.json", "eval.templates": ("a {}",)})
+    save_run(run, tmp_path / "run.json")
+    assert load_run(tmp_path / "run.json") == run
+    assert run != preset("tiny")
+
+
+def test_run_json_may_leave_out_what_is_default(tmp_path):
+    (tmp_path / "run.json").write_text('{"model": {"width": 64}}')
+    assert load_run(tmp_path / "run.json") == changed(Run(), {"model.width": 64})
+
+
+def test_an_unknown_key_offers_the_nearest_dotted_name(tmp_path):
+    assert refusal(tmp_path, {"moe": {"num_expert": 4}}) == [
+        'unknown key moe.num_expert; did you mean "moe.num_experts"?'
+    ]
+    assert refusal(tmp_path, {"modle": {}}) == ['unknown key modle; did you mean "model"?']
+
+
+def test_a_wrong_value_is_shown_with_its_name(tmp_path):
+    (line,) = refusal(tmp_path, {"train": {"steps": 0}})
+    assert line.startswith("train.steps=0: ")
+    assert "greater than or equal to 1" in line
+
+
+def test_several_problems_are_all_reported(tmp_path):
+    lines = refusal(tmp_path, {"train": {"steps": 0}, "text": {"pad": "none"}, "optim": {"learning_rate": 1}})
+    assert [line.split(":")[0] for line in lines] == [
+        'text.pad="none"',
+        "unknown key optim.learning_rate",
+        "train.steps=0",
+    ]
+
+
+def test_a_file_that_is_missing_or_no_json_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
+        load_run(tmp_path / "none.json")
+    (line,) = refusal(tmp_path, "{steps: 3")
+    assert "Invalid JSON" in line
+
+
+def test_known_keys_are_sections_and_dotted_settings():
+    keys = known_keys(Run)
+    assert {"preset", "moe", "moe.blocks", "log.tensorboard"} <= set(keys)
+    assert len(keys) == len(set(keys))
+
+
+def test_settings_cannot_be_changed_in_place():
+    with pytest.raises(ValidationError, match="frozen"):
+        preset("tiny").train.steps = 5
+
+
+def test_an_atomic_write_replaces_the_file_and_leaves_no_other(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"preset": "mine"},
+        {"parallel.ep": 2},
+        {"log.every_steps": 3},
+        {"checkpoint.keep": 7},
+        {"eval.every_steps": 50},
+        {"data.threads": 4},
+        {"data.prefetch": 9},
+        {"train.stop_grace_s": 5.0},
+        {"data.manifest": "moved/manifest.json"},
+        {"data.validation": "moved/manifest.json"},
+        {"data.tokenizer": "moved/tokenizer.model"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_fingerprint_ignores_paths_layout_logging_and_saving(change):
+    run = preset("tiny")
+    assert changed(run, change) != run
+    assert fingerprint(changed(run, change)) == fingerprint(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optim.lr": 1e-4},
+        {"train.seed": 1},
+        {"train.batch_pairs": 256},
+        {"moe.blocks": (1,)},
+        {"moe.group_pairs": 16},
+        {"image.flip": 0.5},
+        {"text.pad": "token"},
+        {"model.width": 64},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_fingerprint_changes_with_what_decides_the_results(change):
+    assert fingerprint(changed(preset("tiny"), change)) != fingerprint(preset("tiny"))
+
+
+def test_the_fingerprint_is_sixteen_hexadecimal_digits():
+    assert len(fingerprint(Run())) == 16
+    assert int(fingerprint(Run()), 16) >= 0

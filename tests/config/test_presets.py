@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.parse import preset_named
+from limoe_dist.config.presets import names, preset, threshold
+from limoe_dist.config.rules import check
+
+# width, depth, heads, MLP, patch: ViT's sizes (arXiv 2010.11929, table 1; S: DeiT). MoE blocks: every second one, and
+# 12 of H/14's 32 (LIMoE, section 3.2). Image tokens: (224 / patch)^2.
+PAPER = {
+    "s32": (384, 12, 6, 1536, 32, 6, 49),
+    "s16": (384, 12, 6, 1536, 16, 6, 196),
+    "b32": (768, 12, 12, 3072, 32, 6, 49),
+    "b16": (768, 12, 12, 3072, 16, 6, 196),
+    "l16": (1024, 24, 16, 4096, 16, 12, 196),
+    "h14": (1280, 32, 16, 5120, 14, 12, 256),
+}
+ALL = [*(f"{name}{twin}" for name in ("tiny", "small", *PAPER) for twin in ("", "-dense"))]
+
+
+def parameters(run):
+    """Counted by hand from the settings: weights and biases of a one-tower LIMoE."""
+    width, mlp = run.model.width, run.model.mlp_dim
+    attention, expert, norms = 4 * width * width + 4 * width, 2 * width * mlp + mlp + width, 4 * width
+    encoder = run.model.depth * (attention + norms) + 2 * width
+    moe = len(run.moe.blocks)
+    experts = (run.model.depth - moe + moe * run.moe.num_experts) * expert
+    routers = moe * width * run.moe.num_experts
+    image = (3 * run.image.patch**2 + 1) * width + run.image_tokens * width
+    text = (run.text.vocab_size + run.text.length) * width
+    return encoder + experts + routers + image + text + 2 * width * run.model.embed_dim
+
+
+def test_the_table_names_every_preset_and_its_dense_twin():
+    assert sorted(names()) == sorted(ALL)
+    assert all(names().values())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_presets_have_vits_sizes(name):
+    run = preset(name)
+    found = (run.model.width, run.model.depth, run.model.heads, run.model.mlp_dim, run.image.patch)
+    assert (*found, len(run.moe.blocks), run.image_tokens) == PAPER[name]
+    assert (run.text.length, run.text.vocab_size, run.moe.num_experts, run.moe.top_k) == (16, 32_000, 32, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    # h14: LIMoE's 5.6 B; its dense twin has the 675 M that the paper counts as active. The others: 32 experts in every
+    # second block, counted as h14 is.
+    [("s16", 304), ("b16", 990), ("l16", 3460), ("h14", 5554), ("h14-dense", 675)],
+)
+def test_paper_presets_have_the_papers_number_of_parameters(name, millions):
+    # 0.2 %: the published numbers have two or three digits, and l16's 3.46 B is rounded to 10 M.
+    assert parameters(preset(name)) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_every_second_block_is_a_mixture():
+    assert preset("b16").moe.blocks == (1, 3, 5, 7, 9, 11)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", *PAPER])
+def test_a_dense_twin_differs_in_its_blocks_alone(name):
+    sparse, dense = preset(name).model_dump(), preset(f"{name}-dense").model_dump()
+    assert sparse["moe"].pop("blocks")
+    assert dense["moe"].pop("blocks") == ()
+    assert (sparse.pop("preset"), dense.pop("preset")) == (name, f"{name}-dense")
+    assert sparse == dense
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_preset_obeys_the_rules(name):
+    # tiny and small for two and four CPU ranks; the others for one node and for eight.
+    for world in (1, 2, 4) if name.startswith(("tiny", "small")) else (1, 8, 64):
+        check(preset(name), world=world)
+
+
+def test_the_paper_presets_fit_experts_in_a_node():
+    run = preset("h14")
+    check(run.model_copy(update={"parallel": run.parallel.model_copy(update={"ep": 8})}), world=64)
+
+
+@pytest.mark.parametrize("name", ["tiny", "b16"])
+def test_thresholds_ask_for_no_more_experts_than_there_are(name):
+    moe = preset(name).moe
+    for wanted in (moe.min_image_experts, moe.min_text_experts):
+        assert 0 < threshold(wanted) < math.log(moe.num_experts)
+
+
+def test_the_threshold_is_the_logarithm():
+    assert threshold(9) == pytest.approx(2.197225, abs=1e-6)
+
+
+def test_the_small_presets_weigh_five_losses_at_0_04_and_the_z_loss_at_0_001():
+    # aux_weight * mean of 5, summed over 2 blocks = 0.04 * each loss averaged over the blocks: aux_weight / 5 * 2.
+    moe = preset("tiny").moe
+    assert len(moe.blocks) == 2
+    assert moe.aux_weight / 5 * 2 == pytest.approx(0.04)
+    assert moe.aux_weight / 5 * 2 * moe.z == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(("mistake", "near"), [("b-16", "b16"), ("h14_dense", "h14-dense"), ("tinny", "tiny")])
+def test_an_unknown_preset_offers_the_nearest(mistake, near):
+    with pytest.raises(
+        UserError, match=rf'unknown preset "{mistake}"; did you mean "{near}"\? \(presets: tiny, small,'
+    ):
+        preset_named(mistake)
+
+
+def test_a_name_like_none_offers_the_list_alone():
+    with pytest.raises(UserError, match=r'unknown preset "qqqqqq" \(presets: tiny'):
+        preset_named("qqqqqq")

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import pytest
+
+from limoe_dist.config.presets import preset
+from limoe_dist.config.rules import ConfigError, check, divisors
+from tests.config.settings import changed
+
+# Changes to `tiny` (width 96, 4 heads, depth 4, MLP 384, 8 experts in blocks 1 and 3, groups of 32 pairs, batch 128, 900
+# steps, pictures of 48 with patch 12), the number of ranks, and what must be said about them.
+BROKEN = {
+    "heads must divide width": (
+        {"model.heads": 5},
+        None,
+        "model.heads=5 must divide model.width=96: use 1, 2, 3, 4, 6, 8, 12, 16, 24, 32 or 48",
+    ),
+    "the patch must divide the picture": (
+        {"image.patch": 13},
+        None,
+        "image.patch=13 must divide image.size=48: use image.size=39",
+    ),
+    "a patch larger than the picture": (
+        {"image.patch": 50},
+        None,
+        "image.patch=50 must divide image.size=48: use image.size=50",
+    ),
+    "a template without a place for the class": (
+        {"eval.templates": ("{}", "a picture")},
+        None,
+        'eval.templates: "a picture" must hold {} where the class name goes',
+    ),
+    "a block that does not exist": (
+        {"moe.blocks": (1, 4)},
+        None,
+        "moe.blocks=(1, 4): block 4 does not exist; blocks are numbered 0 to 3 (model.depth=4)",
+    ),
+    "blocks out of order": (
+        {"moe.blocks": (3, 1)},
+        None,
+        "moe.blocks=(3, 1) must rise, each block once: use (1, 3)",
+    ),
+    "a block twice": (
+        {"moe.blocks": (1, 1, 3)},
+        None,
+        "moe.blocks=(1, 1, 3) must rise, each block once: use (1, 3)",
+    ),
+    "more choices than experts": (
+        {"moe.top_k": 9},
+        None,
+        "moe.top_k=9 must not exceed moe.num_experts=8: use 1 to 8",
+    ),
+    "an image threshold above the number of experts": (
+        {"moe.min_image_experts": 8.5},
+        None,
+        "moe.min_image_experts=8.5 can never be met with moe.num_experts=8: use 1 to 8",
+    ),
+    "a text threshold above the number of experts": (
+        {"moe.min_text_experts": 9},
+        None,
+        "moe.min_text_experts=9 can never be met with moe.num_experts=8: use 1 to 8",
+    ),
+    "a load loss without noise": (
+        {"moe.load": 1.0, "moe.noise_std": 0.0},
+        None,
+        "moe.load=1 needs router noise: set moe.noise_std above 0 (the paper's is 1)",
+    ),
+    "a schedule longer than the run": (
+        {"train.steps": 500},
+        None,
+        "optim.warmup_steps=100 and optim.cooldown_steps=450 must fit into train.steps=500: "
+        "use at most 50 and 250, or more steps",
+    ),
+    "tp must divide the ranks": (
+        {"parallel.tp": 4},
+        2,
+        "parallel.tp=4 must divide the number of ranks, 2: use 1 or 2",
+    ),
+    "ep must divide the ranks": (
+        {"parallel.ep": 4},
+        2,
+        "parallel.ep=4 must divide the number of ranks, 2: use 1 or 2",
+    ),
+    "ep must divide the experts": (
+        {"parallel.ep": 4, "moe.num_experts": 6, "moe.min_image_experts": 5.0},
+        4,
+        "parallel.ep=4 must divide moe.num_experts=6: use 1, 2, 3 or 6",
+    ),
+    "no experts to share": (
+        {"parallel.ep": 2, "moe.blocks": ()},
+        2,
+        "parallel.ep=2 shares experts, but moe.blocks is empty: use parallel.ep=1",
+    ),
+    "tp must divide the heads": (
+        {"parallel.tp": 2, "model.heads": 3},
+        2,
+        "parallel.tp=2 must divide model.heads=3: use 1 or 3",
+    ),
+    "tp must divide the MLP": (
+        {"parallel.tp": 2, "model.mlp_dim": 15},
+        2,
+        "parallel.tp=2 must divide model.mlp_dim=15: use 1, 3, 5 or 15",
+    ),
+    "the batch must hold whole groups on every rank": (
+        {"train.batch_pairs": 96},
+        2,
+        "train.batch_pairs=96 must be a multiple of 2 ranks * moe.group_pairs=32 = 64: use 64 or 128",
+    ),
+    "a batch smaller than one group a rank": (
+        {},
+        8,
+        "train.batch_pairs=128 must be a multiple of 8 ranks * moe.group_pairs=32 = 256: use 256",
+    ),
+    "a dense batch must be shared evenly": (
+        {"moe.blocks": (), "train.batch_pairs": 10},
+        4,
+        "train.batch_pairs=10 must be a multiple of 4 ranks = 4: use 8 or 12",
+    ),
+}
+
+
+def problems(change, world):
+    with pytest.raises(ConfigError) as caught:
+        check(changed(preset("tiny"), change), world=world)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_rule_is_one_sentence(rule):
+    change, world, sentence = BROKEN[rule]
+    assert problems(change, world) == [sentence]
+
+
+def test_several_broken_rules_are_all_reported():
+    found = problems({"model.heads": 5, "moe.top_k": 9, "train.steps": 500, "parallel.ep": 3}, 2)
+    assert [sentence.split("=")[0] for sentence in found] == [
+        "model.heads",
+        "moe.top_k",
+        "optim.warmup_steps",
+        "parallel.ep",
+        "parallel.ep",
+    ]
+
+
+def test_the_error_shows_every_sentence_on_its_own_line():
+    with pytest.raises(ConfigError) as caught:
+        check(changed(preset("tiny"), {"model.heads": 5, "moe.top_k": 9}))
+    assert str(caught.value).splitlines() == caught.value.problems
+    assert len(caught.value.problems) == 2
+
+
+def test_the_layout_is_checked_only_where_the_ranks_are_known():
+    run = changed(preset("tiny"), {"parallel.tp": 3})
+    check(run)
+    with pytest.raises(ConfigError):
+        check(run, world=2)
+
+
+def test_a_dense_model_is_not_asked_about_experts():
+    run = changed(
+        preset("tiny"), {"moe.blocks": (), "moe.top_k": 9, "moe.min_text_experts": 99, "train.batch_pairs": 6}
+    )
+    check(run, world=2)
+
+
+def test_a_threshold_that_is_switched_off_may_be_anything():
+    check(changed(preset("tiny"), {"moe.min_text_experts": 99.0, "moe.global_text": 0.0}))
+
+
+def test_the_fixes_that_are_offered_work():
+    # The first and the last number of three of the sentences above.
+    for change, world in (
+        ({"model.heads": 48}, None),
+        ({"image.size": 39, "image.patch": 13}, None),
+        ({"train.batch_pairs": 64}, 2),
+        ({"train.batch_pairs": 256}, 8),
+        ({"train.steps": 500, "optim.warmup_steps": 50, "optim.cooldown_steps": 250}, None),
+    ):
+        check(changed(preset("tiny"), change), world=world)
+
+
+def test_divisors_by_hand():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(12, up_to=5) == [1, 2, 3, 4]
+    assert divisors(1) == [1]

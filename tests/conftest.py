@@ -1,0 +1,38 @@
+"""Fixtures of all tests: pools of gloo ranks, and hypothesis without clock, chance or a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.support.ranks import RanksPool
+
+# derandomize: a failure is the same failure at the next run. No deadline: shared machines have slow moments.
+settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def ranks_pool() -> Iterator[Callable[[int], RanksPool]]:
+    """ranks_pool(world): the session's one pool of that many ranks."""
+    # Imported here: tests of config and manifest need no torch.
+    from tests.support.ranks import RanksPool
+
+    pools: dict[int, RanksPool] = {}
+    yield lambda world: pools.setdefault(world, RanksPool(world))
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks2(ranks_pool: Callable[[int], RanksPool]) -> RanksPool:
+    return ranks_pool(2)
+
+
+@pytest.fixture(scope="session")
+def ranks4(ranks_pool: Callable[[int], RanksPool]) -> RanksPool:
+    return ranks_pool(4)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from limoe_dist.config.schema import Image
+from limoe_dist.data.augment import augment_params, identity_params
+from limoe_dist.data.dali import DecodeError, Decoder
+from tests.support.shards import damaged, picture, truncated
+
+CPU = torch.device("cpu")
+ALL = Image(
+    size=16,
+    patch=8,
+    min_crop_area=0.5,
+    flip=0.5,
+    rotate_degrees=10.0,
+    scale=0.2,
+    translate=0.1,
+    brightness=0.1,
+    contrast=0.2,
+    saturation=0.3,
+    hue_degrees=20.0,
+)
+PLAIN = Image(size=24, patch=8, mean=0.0, std=1.0)
+
+
+def encoded(*rows: int, **options: str) -> list[np.ndarray]:
+    return [np.frombuffer(picture(row, **options), dtype=np.uint8) for row in rows]
+
+
+def pixels_of(row: int, **options: str) -> np.ndarray:
+    import io
+
+    from PIL import Image as Pillow
+
+    return np.asarray(Pillow.open(io.BytesIO(picture(row, **options))).convert("RGB")).transpose(2, 0, 1)
+
+
+def decoder(image: Image, *, mode: str = "train", batch_size: int = 8, threads: int = 1) -> Decoder:
+    return Decoder(image, mode=mode, batch_size=batch_size, threads=threads, device=CPU)
+
+
+def test_a_picture_of_the_right_size_comes_back_as_it_is() -> None:
+    images = decoder(PLAIN).decode(encoded(0, 1), identity_params(2))
+    assert images.dtype == torch.float32
+    for i in range(2):
+        assert (images[i].numpy() == pixels_of(i)).all()
+
+
+def test_grey_and_palette_pictures_become_rgb() -> None:
+    for mode in ("L", "P"):
+        images = decoder(PLAIN).decode(encoded(3, mode=mode), identity_params(1))
+        assert (images[0].numpy() == pixels_of(3, mode=mode)).all(), mode
+
+
+def test_mean_and_std_are_applied() -> None:
+    scaled = decoder(PLAIN.model_copy(update={"mean": 255.0, "std": 127.5})).decode(encoded(0), identity_params(1))
+    np.testing.assert_allclose(scaled[0].numpy(), (pixels_of(0) - 255.0) / 127.5, atol=1e-6)
+
+
+def test_pixels_depend_on_neither_batch_size_nor_threads_nor_neighbours() -> None:
+    rows, params = range(24), augment_params(np.arange(24), ALL, seed=4)
+    whole = decoder(ALL, batch_size=24, threads=1).decode(encoded(*rows), params)
+    for batch_size, threads in ((24, 2), (5, 2), (1, 1)):
+        small = decoder(ALL, batch_size=batch_size, threads=threads)
+        parts = [
+            small.decode(encoded(*rows[i : i + batch_size]), params.take(range(i, min(i + batch_size, 24))))
+            for i in range(0, 24, batch_size)
+        ]
+        assert torch.equal(torch.cat(parts), whole), (batch_size, threads)
+
+
+def test_the_crop_is_the_one_that_was_asked_for() -> None:
+    params = identity_params(1)
+    # 12 of 24 pixels from row 6 and column 12, at their own size.
+    params.anchor[:], params.shape[:] = [6 / 24, 12 / 24], [12 / 24, 12 / 24]
+    image = PLAIN.model_copy(update={"size": 12, "min_crop_area": 0.2})
+    cropped = decoder(image).decode(encoded(5), params)
+    assert (cropped[0].numpy() == pixels_of(5)[:, 6:18, 12:24]).all()
+
+
+def test_a_shift_moves_the_picture_right_and_fills_with_white() -> None:
+    params = identity_params(1)
+    # The result at x comes from x - 6: the picture moves 6 pixels to the right.
+    params.matrix[0, 0, 2] = -6.0
+    shifted = decoder(PLAIN.model_copy(update={"translate": 0.3})).decode(encoded(5), params)[0].numpy()
+    assert (shifted[:, :, 6:] == pixels_of(5)[:, :, :18]).all()
+    assert (shifted[:, :, :6] == 255).all()
+
+
+def test_a_flip_mirrors_left_and_right() -> None:
+    params = identity_params(2)
+    params.mirror[1] = 1
+    images = decoder(PLAIN.model_copy(update={"flip": 0.5})).decode(encoded(5, 5), params).numpy()
+    assert (images[0] == pixels_of(5)).all()
+    assert (images[1] == pixels_of(5)[:, :, ::-1]).all()
+
+
+def test_brightness_scales_the_pixels() -> None:
+    params = identity_params(1)
+    params.brightness[:] = 0.5
+    dark = decoder(PLAIN.model_copy(update={"brightness": 0.5})).decode(encoded(5), params)[0].numpy()
+    # uint8 in, uint8 out: half a level of rounding, and DALI's fixed-point colour matrix another one.
+    np.testing.assert_allclose(dark, pixels_of(5) * 0.5, atol=1.01)
+
+
+def test_evaluation_ignores_every_augmentation() -> None:
+    size = ALL.model_copy(update={"size": 24, "mean": 0.0, "std": 1.0})
+    params = augment_params(np.arange(1), size, seed=0)
+    assert (decoder(size, mode="evaluation").decode(encoded(5), params)[0].numpy() == pixels_of(5)).all()
+    assert (decoder(size, mode="train").decode(encoded(5), params)[0].numpy() != pixels_of(5)).any()
+
+
+def test_a_bad_picture_raises_and_the_next_batch_is_as_ever() -> None:
+    plain = decoder(PLAIN)
+    before = plain.decode(encoded(0, 1), identity_params(2))
+    for bad in (damaged(2), truncated(2), truncated(2, format="JPEG"), b"no picture"):
+        with pytest.raises(DecodeError, match="nvImageCodec failure") as raised:
+            plain.decode([*encoded(0), np.frombuffer(bad, dtype=np.uint8)], identity_params(2))
+        assert "Traceback" not in str(raised.value)
+        assert torch.equal(plain.decode(encoded(0, 1), identity_params(2)), before)
+
+
+def test_a_batch_is_not_overwritten_by_the_next() -> None:
+    plain = decoder(PLAIN)
+    first = plain.decode(encoded(0, 1), identity_params(2))
+    kept = first.clone()
+    plain.decode(encoded(7, 8), identity_params(2))
+    plain.decode(encoded(9, 10), identity_params(2))
+    assert torch.equal(first, kept)

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.schema import Data, Image, Run, Text, Train
+from limoe_dist.data.arrow import ShardSet
+from limoe_dist.data.augment import augment_params, caption_index
+from limoe_dist.data.loader import Batch, Loader
+from limoe_dist.data.order import row_at
+from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
+from tests.support.shards import damaged, truncated, write_shards
+
+CPU = torch.device("cpu")
+AUGMENTED = Image(
+    size=16, patch=8, min_crop_area=0.5, flip=0.5, rotate_degrees=10.0, scale=0.2, brightness=0.2, saturation=0.3
+)
+
+
+def a_run(*, batch_pairs: int = 12, steps: int = 4, seed: int = 5, **data: float) -> Run:
+    return Run(
+        image=AUGMENTED,
+        text=Text(length=8, vocab_size=100),
+        data=Data.model_validate(data),
+        train=Train(batch_pairs=batch_pairs, steps=steps, seed=seed),
+    )
+
+
+def tokenizer_of(run: Run, shards: ShardSet) -> Tokenizer:
+    return open_tokenizer(run, shards.manifest, shards.folder)
+
+
+def a_loader(run: Run, path: Path, *, rank: int = 0, world: int = 1, first_step: int = 0) -> Loader:
+    shards = ShardSet(path)
+    return Loader(run, shards, tokenizer_of(run, shards), rank=rank, world=world, first_step=first_step, device=CPU)
+
+
+def batches(run: Run, path: Path, *, rank: int = 0, world: int = 1, first_step: int = 0) -> list[Batch]:
+    with a_loader(run, path, rank=rank, world=world, first_step=first_step) as loader:
+        return list(loader)
+
+
+def pairs(run: Run, path: Path, *, world: int = 1) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Images, tokens and rows of all positions of the run in order, put together from all ranks."""
+    ranks = [batches(run, path, rank=rank, world=world) for rank in range(world)]
+    parts = [ranks[rank][step] for step in range(run.train.steps) for rank in range(world)]
+    assert [part.first_position for part in parts] == list(
+        range(0, run.train.steps * run.train.batch_pairs, run.train.batch_pairs // world)
+    )
+    return (
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.tokens for part in parts]),
+        [int(row) for part in parts for row in part.rows],
+    )
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("clean"), rows=40, shards=3)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert [thread.name for thread in set(threading.enumerate()) - before if thread.name == "limoe-loader"] == []
+
+
+def test_a_position_is_the_same_pair_whatever_ranks_batch_size_and_threads(clean: Path) -> None:
+    images, tokens, rows = pairs(a_run(batch_pairs=12, steps=4), clean)
+    assert len(set(rows[:40])) == 40
+    for world, batch_pairs, steps, threads in (
+        (2, 12, 4, 1),
+        (3, 12, 4, 2),
+        (1, 24, 2, 2),
+        (4, 16, 3, 1),
+        (1, 1, 48, 1),
+    ):
+        others = pairs(a_run(batch_pairs=batch_pairs, steps=steps, threads=threads), clean, world=world)
+        assert torch.equal(others[0], images), (world, batch_pairs)
+        assert torch.equal(others[1], tokens), (world, batch_pairs)
+        assert others[2] == rows, (world, batch_pairs)
+
+
+def test_another_seed_gives_other_pairs(clean: Path) -> None:
+    first, other = pairs(a_run(seed=5), clean), pairs(a_run(seed=6), clean)
+    assert first[2] != other[2]
+    assert not torch.equal(first[0], other[0])
+
+
+def test_the_same_row_is_augmented_anew_in_each_epoch(clean: Path) -> None:
+    images, _, rows = pairs(a_run(batch_pairs=20, steps=4), clean)
+    again = rows.index(rows[0], 1)
+    assert again >= 40
+    assert not torch.equal(images[0], images[again])
+
+
+def test_a_run_that_resumes_reads_what_it_would_have_read(clean: Path) -> None:
+    whole = batches(a_run(), clean)
+    resumed = batches(a_run(), clean, first_step=2)
+    assert [batch.step for batch in resumed] == [2, 3]
+    assert [batch.first_position for batch in resumed] == [24, 36]
+    for a, b in zip(whole[2:], resumed, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.tokens, b.tokens)
+
+
+def test_a_batch_holds_the_rows_and_captions_of_its_positions(clean: Path) -> None:
+    run, shards = a_run(), ShardSet(clean)
+    batch = batches(run, clean, rank=1, world=2)[1]
+    # Step 1 of 12 pairs, rank 1 of 2: positions 18 to 23.
+    positions = np.arange(18, 24)
+    assert (batch.step, batch.first_position) == (1, 18)
+    assert batch.rows.tolist() == row_at(positions, rows=40, seed=5)[1].tolist()
+    draws = augment_params(positions, run.image, seed=5).caption
+    texts = [shards.row(int(n)).captions[caption_index(draw, 2)] for n, draw in zip(batch.rows, draws, strict=True)]
+    assert {text.startswith("picture") for text in texts} == {True, False}
+    expected = tokenizer_of(run, shards)(texts)
+    assert (batch.tokens.numpy() == expected.tokens).all()
+    assert (batch.valid.numpy() == expected.valid).all()
+    assert (batch.images.shape, batch.images.dtype) == ((6, 3, 16, 16), torch.float32)
+    assert (batch.tokens.dtype, batch.valid.dtype) == (torch.int64, torch.bool)
+
+
+def with_bad(folder: Path, bad: Mapping[int, bytes], *, rows: int = 40, shards: int = 1) -> Path:
+    return write_shards(folder, rows=rows, shards=shards, pictures=bad)
+
+
+def test_a_bad_row_is_replaced_by_the_next_counted_and_named(clean: Path, tmp_path: Path) -> None:
+    run = a_run(batch_pairs=40, steps=2)
+    # Two shards of 20: row 4 -> 5; 10 -> 12, over the bad 11; 19 wraps to 0.
+    bad = {4: damaged(4), 10: b"", 11: truncated(11, format="JPEG"), 19: b"hello"}
+    first, second = batches(run, with_bad(tmp_path, bad, shards=2))
+    order = row_at(np.arange(40), rows=40, seed=5)[1].tolist()
+    stand_in = {4: 5, 10: 12, 11: 12, 19: 0}
+    assert first.rows.tolist() == [stand_in.get(row, row) for row in order]
+    # Row 10 meets 10 and then 11: five bad rows in all.
+    met = {4: ["row-4"], 10: ["row-10", "row-11"], 11: ["row-11"], 19: ["row-19"]}
+    expected = [(position, key) for position, row in enumerate(order) for key in met.get(row, [])]
+    assert [(found.position, found.key) for found in first.replaced] == expected
+    reasons = {found.key: found.reason for found in first.replaced}
+    assert reasons["row-10"] == "no picture"
+    assert reasons["row-19"] == "neither PNG nor JPEG nor WebP"
+    assert reasons["row-4"].startswith("cannot be decoded (nvImageCodec failure")
+    assert (first.bad, first.seen) == (5, 45)
+    assert (second.bad, second.seen) == (10, 90)
+
+
+def test_good_pictures_beside_a_bad_one_are_as_they_would_be(clean: Path, tmp_path: Path) -> None:
+    run = a_run(batch_pairs=40, steps=1)
+    whole = batches(run, write_shards(tmp_path / "whole", rows=40, shards=1))[0]
+    holed = batches(run, with_bad(tmp_path / "holed", {7: damaged(7)}))[0]
+    good = [i for i, row in enumerate(whole.rows) if row != 7]
+    assert len(good) == 39
+    assert torch.equal(holed.images[good], whole.images[good])
+    assert torch.equal(holed.tokens[good], whole.tokens[good])
+    place = int(np.flatnonzero(whole.rows == 7)[0])
+    assert holed.rows[place] == 8
+    assert holed.images[place].abs().sum() > 0
+
+
+def test_a_stand_in_depends_on_the_row_alone(tmp_path: Path) -> None:
+    path = with_bad(tmp_path, {7: damaged(7), 8: damaged(8)})
+    images, tokens, rows = pairs(a_run(batch_pairs=20, steps=2), path)
+    others = pairs(a_run(batch_pairs=20, steps=2), path, world=4)
+    assert torch.equal(others[0], images)
+    assert torch.equal(others[1], tokens)
+    assert others[2] == rows
+    assert 7 not in rows
+    assert rows.count(9) == 3
+
+
+def test_a_row_without_a_caption_is_bad(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, rows=12, shards=1, captions={3: ["", " "]})
+    (batch,) = batches(a_run(steps=1), path)
+    assert [(found.key, found.reason) for found in batch.replaced] == [("row-3", "no caption, or only blank ones")]
+    assert 3 not in batch.rows
+
+
+def test_sixteen_bad_stand_ins_end_the_run_with_the_first_and_the_last(tmp_path: Path) -> None:
+    sixteen = write_shards(tmp_path / "a", rows=24, shards=1, pictures=dict.fromkeys(range(3, 19), b""))
+    # Row 3 is the first of 16 bad ones: its 16th stand-in, row 19, is good.
+    assert 19 in batches(a_run(batch_pairs=24, steps=1, max_bad_frac=1.0), sixteen)[0].rows
+    seventeen = write_shards(tmp_path / "b", rows=24, shards=1, pictures=dict.fromkeys(range(3, 20), b""))
+    with pytest.raises(UserError, match=r'row 3 \(key "row-3": no picture\) is bad, and so are the 16 rows after it'):
+        batches(a_run(batch_pairs=24, steps=1, max_bad_frac=1.0), seventeen)
+
+
+def test_a_shard_of_bad_rows_only_ends_the_run(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, rows=3, shards=1, pictures={i: damaged(i) for i in range(3)})
+    with pytest.raises(UserError, match=r"and so are the 2 rows after it that could stand in \(the last: cannot be"):
+        batches(a_run(batch_pairs=3, steps=1), path)
+
+
+def test_too_many_bad_rows_stop_the_run_and_name_the_first(tmp_path: Path) -> None:
+    bad = dict.fromkeys(range(0, 32, 2), b"")
+    path = with_bad(tmp_path, bad, rows=64)
+    # One epoch meets 16 bad rows among 64 + 16: 20 %.
+    assert batches(a_run(batch_pairs=64, steps=1, max_bad_frac=0.2), path)[0].bad == 16
+    with pytest.raises(
+        UserError, match=r"16 of the 80 rows read so far are bad, more than data\.max_bad_frac=0\.19"
+    ) as e:
+        batches(a_run(batch_pairs=64, steps=1, max_bad_frac=0.19), path)
+    assert str(e.value).count("no picture") == 5
+
+
+def test_fewer_than_sixteen_bad_rows_never_stop_a_run(tmp_path: Path) -> None:
+    path = with_bad(tmp_path, dict.fromkeys(range(0, 30, 2), b""), rows=40)
+    assert batches(a_run(batch_pairs=40, steps=1, max_bad_frac=0.0), path)[0].bad == 15
+
+
+def test_closing_early_ends_the_thread_and_the_iteration(clean: Path) -> None:
+    loader = a_loader(a_run(steps=1000), clean)
+    assert next(loader).step == 0
+    loader.close()
+    assert not loader._thread.is_alive()
+    with pytest.raises(StopIteration):
+        next(loader)
+    loader.close()
+
+
+def test_the_thread_works_ahead_and_no_further_than_it_is_told(clean: Path) -> None:
+    with a_loader(a_run(steps=1000, prefetch=3), clean) as loader:
+        for _ in range(500):
+            if loader._ready.full():
+                break
+            threading.Event().wait(0.01)
+        assert loader._ready.qsize() == 3
+        # Three are ready, and one more waits in the thread's hands.
+        assert [next(loader).step for _ in range(6)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_the_thread_raises_is_raised_where_the_batch_is_awaited(
+    clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, run = ShardSet(clean), a_run(steps=1000)
+    loader = Loader(run, shards, tokenizer_of(run, shards), rank=0, world=1, first_step=0, device=CPU)
+    with loader:
+        next(loader)
+
+        def gone(number: int) -> None:
+            raise OSError("the disk is gone")
+
+        monkeypatch.setattr(shards, "row", gone)
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(loader)
+        with pytest.raises(StopIteration):
+            next(loader)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(clean: Path) -> None:
+    with pytest.raises(ValueError, match="batch_pairs=12 must be a multiple of the number of ranks, 5"):
+        a_loader(a_run(), clean, world=5)
