@@ -7,18 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from limoe_dist.config.errors import UserError, nearest
-
 from launch import probes
 from launch.probes import Finding
+from limoe_dist.config.errors import UserError, nearest
 
 OPTIONS = ("--json", "--help", "-h")
 
 USAGE = """\
 usage: limoe doctor [--json]
 
-Prints a table of what training, data preparation and clusters use: ok, or missing with what one loses and how to get it.
-What training cannot do without is then marked `needed`. Changes nothing and uses no network.
+Prints a table of what training, data preparation and clusters use: ok, or missing with what one loses and how
+to get it. What training cannot do without is then marked `needed`. Changes nothing and uses no network.
 
   --json   print one JSON object: {"can_train": ..., "findings": [...]}
 

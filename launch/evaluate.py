@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +19,16 @@ from limoe_dist.config.schema import Run
 from limoe_dist.data.manifest import load_manifest
 
 if TYPE_CHECKING:
+    import torch
+    from rich.progress import TaskID
     from rich.table import Table
 
+    from limoe_dist.data.arrow import ShardSet
+    from limoe_dist.data.tokenizer import Tokenizer
     from limoe_dist.eval.classes import ClassNames
     from limoe_dist.eval.embed import Progress
-    from limoe_dist.eval.pixels import PixelNeighbour
-    from limoe_dist.eval.retrieval import Retrieval
-    from limoe_dist.eval.zeroshot import ZeroShot
+    from limoe_dist.model.tower import Limoe
+    from limoe_dist.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class RetrievalOptions(Options):
     """
 
 
-TASKS = {"zeroshot": ZeroShotOptions, "retrieval": RetrievalOptions}
+TASKS: dict[str, Callable[..., Options]] = {"zeroshot": ZeroShotOptions, "retrieval": RetrievalOptions}
 
 
 def main(argv: list[str]) -> int:
@@ -87,12 +90,15 @@ def main(argv: list[str]) -> int:
     except SystemExit as stop:
         return 2 if not argv else stop.code if isinstance(stop.code, int) else 2
     inputs = _check(options)
+
+    from limoe_dist.checkpoint.storage import latest_checkpoint
+
+    # Told once, before ranks start that would each tell it.
+    _open_tokenizer(inputs.run, latest_checkpoint(Path(options.run), options.checkpoint))
     if options.ranks > 1 and not _launched():
         from launch.ranks import run_local
 
-        return run_local(
-            ["eval", *argv], ranks=options.ranks, threads=inputs.run.parallel.threads, grace_s=_GRACE_S
-        )
+        return run_local(["eval", *argv], ranks=options.ranks, threads=inputs.run.parallel.threads, grace_s=_GRACE_S)
     _evaluate(options, inputs)
     return 0
 
@@ -137,7 +143,8 @@ def _check(options: Options) -> Inputs:
         classes, neighbours = _check_zeroshot(options, run)
     if options.tokenizer:
         run = _with(run, "data", tokenizer=options.tokenizer)
-    return Inputs(_with(run, "eval", batch_pairs=options.batch_pairs or run.eval.batch_pairs), data, classes, neighbours)
+    run = _with(run, "eval", batch_pairs=options.batch_pairs or run.eval.batch_pairs)
+    return Inputs(run, data, classes, neighbours)
 
 
 def _check_zeroshot(options: ZeroShotOptions, run: Run) -> tuple[list[ClassNames] | None, str | None]:
@@ -162,53 +169,149 @@ def _with(run: Run, section: str, **settings: Any) -> Run:
     return run.model_copy(update={section: getattr(run, section).model_copy(update=settings)})
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, loaded on this rank."""
+
+    run: Run
+    step: int
+    model: Limoe
+    tokenizer: Tokenizer
+    shards: ShardSet
+    mesh: Mesh
+    device: torch.device
+    progress: Progress
+
+
 def _evaluate(options: Options, inputs: Inputs) -> None:
     """The part that every rank runs. Rank 0 shows and writes the result."""
-    from limoe_dist.checkpoint.storage import load_weights, read_state
-    from limoe_dist.data.arrow import ShardSet
-    from limoe_dist.eval.pixels import pixel_nearest_neighbour
-    from limoe_dist.eval.retrieval import retrieval
-    from limoe_dist.eval.zeroshot import zeroshot
-    from limoe_dist.model.tower import build_model
     from limoe_dist.parallel.bootstrap import discover, start
 
     run = _laid_out(inputs.run, discover(os.environ).world)
     with start(run.parallel, os.environ) as (mesh, device), _progress(mesh.rank == 0) as progress:
-        checkpoint = _agreed_checkpoint(options, mesh, device)
-        state = read_state(checkpoint)
-        tokenizer = _open_tokenizer(run, expected=state.tokenizer, checkpoint=checkpoint)
-        model = build_model(run, mesh=mesh, device=device)
-        load_weights(checkpoint, model, mesh)
-        shards = ShardSet(inputs.data)
-        result: dict[str, Any] = {
-            "task": "zeroshot" if isinstance(options, ZeroShotOptions) else "retrieval",
-            "run": options.run,
-            "preset": run.preset,
-            "step": state.step,
-            "data": str(shards.path),
-            "ranks": mesh.world.size,
-        }
+        subject = _loaded(options, run, inputs.data, mesh, device, progress)
         if isinstance(options, ZeroShotOptions):
-            found = zeroshot(
-                model, run, shards, tokenizer, mesh=mesh, device=device, classes=inputs.classes, progress=progress
-            )
-            result["zeroshot"], neighbour = found.to_json(), None
-            if inputs.neighbours is not None:
-                neighbour = pixel_nearest_neighbour(
-                    run,
-                    ShardSet(inputs.neighbours),
-                    shards,
-                    mesh=mesh,
-                    device=device,
-                    classes=inputs.classes,
-                    progress=progress,
-                )
-                result["pixel_nearest_neighbour"] = {"training_data": inputs.neighbours} | neighbour.to_json()
-            table = _zeroshot_table(found, neighbour, step=state.step)
+            task, (content, table) = "zeroshot", _zeroshot(subject, inputs)
         else:
-            both = retrieval(model, run, shards, tokenizer, mesh=mesh, device=device, progress=progress)
-            result["retrieval"], table = both.to_json(), _retrieval_table(both, step=state.step)
-        rank = mesh.rank
-    if rank == 0:
-        path = Path(options.json or Path(options.run) / f"eval-{result['task']}-{state.step}.json")
-        _show(table, path, result)
+            task, (content, table) = "retrieval", _retrieval(subject)
+    if mesh.rank == 0:
+        where = {"run": options.run, "preset": run.preset, "step": subject.step, "data": str(subject.shards.path)}
+        path = Path(options.json or Path(options.run) / f"eval-{task}-{subject.step}.json")
+        _show(table, path, {"task": task} | where | {"ranks": mesh.world.size} | content)
+
+
+def _loaded(options: Options, run: Run, data: str, mesh: Mesh, device: torch.device, progress: Progress) -> Subject:
+    from limoe_dist.checkpoint.storage import load_weights, read_state
+    from limoe_dist.data.arrow import ShardSet
+    from limoe_dist.model.tower import build_model
+
+    checkpoint = _agreed_checkpoint(options, mesh, device)
+    model = build_model(run, mesh=mesh, device=device)
+    load_weights(checkpoint, model, mesh)
+    tokenizer = _open_tokenizer(run, checkpoint)
+    return Subject(run, read_state(checkpoint).step, model, tokenizer, ShardSet(data), mesh, device, progress)
+
+
+def _zeroshot(of: Subject, inputs: Inputs) -> tuple[dict[str, Any], Table]:
+    from launch.eval_tables import zeroshot_table
+    from limoe_dist.data.arrow import ShardSet
+    from limoe_dist.eval.pixels import pixel_nearest_neighbour
+    from limoe_dist.eval.zeroshot import zeroshot
+
+    classes, mesh, device, progress = inputs.classes, of.mesh, of.device, of.progress
+    found = zeroshot(
+        of.model, of.run, of.shards, of.tokenizer, mesh=mesh, device=device, classes=classes, progress=progress
+    )
+    content, neighbour = {"zeroshot": found.to_json()}, None
+    if inputs.neighbours is not None:
+        training = ShardSet(inputs.neighbours)
+        neighbour = pixel_nearest_neighbour(
+            of.run, training, of.shards, mesh=mesh, device=device, classes=classes, progress=progress
+        )
+        content["pixel_nearest_neighbour"] = {"training_data": inputs.neighbours} | neighbour.to_json()
+    return content, zeroshot_table(found, neighbour, step=of.step)
+
+
+def _retrieval(of: Subject) -> tuple[dict[str, Any], Table]:
+    from launch.eval_tables import retrieval_table
+    from limoe_dist.eval.retrieval import retrieval
+
+    found = retrieval(of.model, of.run, of.shards, of.tokenizer, mesh=of.mesh, device=of.device, progress=of.progress)
+    return {"retrieval": found.to_json()}, retrieval_table(found, step=of.step)
+
+
+def _laid_out(run: Run, world: int) -> Run:
+    """The run's tp and ep, or the largest that also divide the number of ranks."""
+    return _with(run, "parallel", tp=math.gcd(run.parallel.tp, world), ep=math.gcd(run.parallel.ep, world))
+
+
+def _agreed_checkpoint(options: Options, mesh: Mesh, device: torch.device) -> Path:
+    """The same on every rank, also where training saves a new one at this moment."""
+    import torch
+
+    from limoe_dist.checkpoint.storage import latest_checkpoint, read_state
+    from limoe_dist.parallel.collectives import max_over
+
+    folder = Path(options.run)
+    mine = read_state(latest_checkpoint(folder, options.checkpoint)).step
+    return latest_checkpoint(folder, int(max_over(torch.tensor(mine, device=device), mesh.world)))
+
+
+def _open_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
+    """The vocabulary that the checkpoint was trained with. Raises UserError for another one."""
+    from limoe_dist.checkpoint.storage import read_state
+    from limoe_dist.data.manifest import sha256_of
+    from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
+
+    if run.data.tokenizer:
+        tokenizer = Tokenizer(run.data.tokenizer, length=run.text.length, vocab_limit=run.text.vocab_size)
+    else:
+        path = Path(run.data.manifest)
+        path = path / "manifest.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(
+                f"the run's tokenizer is beside its training manifest, and {path} is not there: "
+                "give --tokenizer FILE, the SentencePiece model that the run was trained with",
+                shared=True,
+            )
+        tokenizer = open_tokenizer(run, load_manifest(path), path.parent)
+    found, expected = sha256_of(tokenizer.path), read_state(checkpoint).tokenizer
+    if found != expected:
+        raise UserError(
+            f"tokenizer {tokenizer.path}: sha256 is {found[:12]}..., but {checkpoint} was trained with "
+            f"{expected[:12]}...: the same text would be other tokens; give --tokenizer FILE, the run's own",
+            shared=True,
+        )
+    return tokenizer
+
+
+@contextmanager
+def _progress(shows: bool) -> Iterator[Progress]:
+    """A bar for each kind of work, on a terminal only; it is wiped away at the end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Bars(*columns, console=console, transient=True, disable=not (shows and console.is_terminal)) as bars:
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield advance
+
+
+def _show(table: Table, path: Path, result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error}") from None
+    Console(highlight=False).print(table)
+    print(f"written: {path}")

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     command, run = _parse(argv)
     out, resume = Path(command.resume or command.out), bool(command.resume)
 
-    from limoe_dist.parallel.bootstrap import discover
+    from limoe_dist.parallel.place import discover
     from limoe_dist.train.folder import new_run_problem, resume_problems
 
     place = discover(os.environ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from tests.support.ranks import RanksPool
+
+# Before torch is imported, here and in every process that a test starts: tensors are small, a second thread only waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # derandomize: a failure is the same failure at the next run. No deadline: shared machines have slow moments.
 settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=60)

@@ -65,7 +65,9 @@ def _moe(run: Run) -> list[str]:
     if len(set(moe.blocks)) != len(moe.blocks) or tuple(sorted(moe.blocks)) != moe.blocks:
         problems.append(f"moe.blocks={moe.blocks} must rise, each block once: use {tuple(sorted(set(moe.blocks)))}")
     if moe.top_k > moe.num_experts:
-        problems.append(f"moe.top_k={moe.top_k} must not exceed moe.num_experts={moe.num_experts}")
+        problems.append(
+            f"moe.top_k={moe.top_k} must not exceed moe.num_experts={moe.num_experts}: use 1 to {moe.num_experts}"
+        )
     for name in ("image", "text"):
         wanted = getattr(moe, f"min_{name}_experts")
         if getattr(moe, f"global_{name}") and not 1 <= wanted <= moe.num_experts:

@@ -97,6 +97,17 @@ def caption_index(draw: float, num_captions: int) -> int:
     return min(int(draw * num_captions), num_captions - 1)
 
 
+def crop_with_pixels(anchor: Floats, shape: Floats, short_sides: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """The crops, widened where they are so small that no pixel of the picture would be left.
+
+    A decoder fails on an empty crop, and whether a row is bad must not depend on the position that reads it.
+    short_sides: (n,) pixels; the smaller of both, since a picture may be turned by its EXIF orientation.
+    """
+    # Both ends of a crop are rounded: an extent of one pixel leaves one. The hundredth is for float32.
+    shape = np.maximum(shape, np.minimum(1.01 / short_sides, 1.0)[:, None]).astype(np.float32)
+    return np.minimum(anchor, 1.0 - shape).astype(np.float32), shape
+
+
 def has_affine(image: Image) -> bool:
     return bool(image.rotate_degrees or image.scale or image.translate)
 

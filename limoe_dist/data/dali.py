@@ -18,7 +18,8 @@ from nvidia.dali.types import DALIDataType, DALIImageType
 from torch import Tensor
 
 from limoe_dist.config.schema import Image
-from limoe_dist.data.augment import AugmentParams, has_affine, has_colour
+from limoe_dist.data.augment import AugmentParams, crop_with_pixels, has_affine, has_colour
+from limoe_dist.data.header import declared_size
 
 WHITE = 255.0
 """Fills what a turn or a shift uncovers."""
@@ -50,18 +51,24 @@ class Decoder:
 
         Raises DecodeError where any of the pictures cannot be decoded.
         """
+        arguments = self._arguments(encoded, params)
         try:
-            (output,) = self._pipeline.run(encoded=list(encoded), **self._arguments(params))
+            (output,) = self._pipeline.run(encoded=list(encoded), **arguments)
         except RuntimeError as error:
             # DALI calls a pipeline that raised no longer valid; a new one takes some milliseconds.
             self._pipeline = self._build()
+            if "fn.decoders." not in str(error):
+                raise  # no picture's fault
             raise DecodeError(_reason(str(error))) from None
         return self._owned(output, len(encoded))
 
-    def _arguments(self, params: AugmentParams) -> dict[str, npt.NDArray[Any]]:
+    def _arguments(
+        self, encoded: Sequence[npt.NDArray[np.uint8]], params: AugmentParams
+    ) -> dict[str, npt.NDArray[Any]]:
         arguments: dict[str, npt.NDArray[Any]] = {}
         if self._crops:
-            arguments |= {"anchor": params.anchor, "shape": params.shape}
+            anchor, shape = crop_with_pixels(params.anchor, params.shape, _short_sides(encoded))
+            arguments |= {"anchor": anchor, "shape": shape}
         if self._warps:
             arguments |= {"matrix": params.matrix}
         if self._twists:
@@ -123,6 +130,13 @@ class Decoder:
         return images
 
 
+def _short_sides(encoded: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.int64]:
+    try:
+        return np.array([min(declared_size(picture)) for picture in encoded], dtype=np.int64)
+    except ValueError as error:
+        raise DecodeError(str(error)) from None
+
+
 def _argument(name: str, *, ndim: int = 0, dtype: Any = DALIDataType.FLOAT) -> Any:
     return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
@@ -130,4 +144,5 @@ def _argument(name: str, *, ndim: int = 0, dtype: Any = DALIDataType.FLOAT) -> A
 def _reason(text: str) -> str:
     """DALI's message without its tracebacks: the lines after "encountered:"."""
     found = re.search(r"encountered:\s*(.+?)\s*(?:Current pipeline|$)", text, re.DOTALL)
-    return " ".join((found.group(1) if found else text).split())[:200]
+    message = " ".join((found.group(1) if found else text).split())[:200]
+    return "damaged pixels" if message.startswith("Failed to decode sample") else message

@@ -62,7 +62,7 @@ def declared_size(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
 
 
 def _png(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    content, at, size = memoryview(image), 8, None
+    content, at, size = image.data, 8, None
     for _ in range(_MAX_PNG_CHUNKS):
         if at + 12 > len(content):
             raise ValueError("truncated PNG: no end chunk")

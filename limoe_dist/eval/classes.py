@@ -95,3 +95,12 @@ def true_classes(concepts: Sequence[str], classes: Sequence[ClassNames], *, plac
     if all(number == NO_CLASS for number in numbers):
         raise UserError(f'{place}: no row has a concept: fill the column "concept" when packing', shared=True)
     return numbers
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raises UserError for no template, and for one without the place for the class name."""
+    if not templates:
+        raise UserError('eval.templates is empty: give at least one, for example "a photo of a {}"', shared=True)
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f'eval.templates: "{template}" must hold {{}} where the class name goes', shared=True)

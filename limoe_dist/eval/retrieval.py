@@ -77,11 +77,6 @@ class Retrieval:
     examples: tuple[Found, ...]
     """Some of the pictures, evenly spread."""
 
-    def line(self) -> str:
-        """For a person who watches training."""
-        there, back = self.image_to_text, self.text_to_image
-        return f"retrieval R@1 image to text {there.at1:.3f}, text to image {back.at1:.3f} of {self.texts} texts"
-
     def to_json(self) -> dict[str, Any]:
         return {
             "rule": RULE,
@@ -118,7 +113,9 @@ def retrieval(
     pictures = embed_pictures(model, run, shards, mesh=mesh, device=device, progress=progress)
     used = [number for number, good in enumerate(pictures.good_R.tolist()) if good and captions[number] is not None]
     if not used:
-        raise UserError(f"{shards.path}: no row has both a caption and a picture that can be decoded: pack again", shared=True)
+        raise UserError(
+            f"{shards.path}: no row has both a caption and a picture that can be decoded: pack again", shared=True
+        )
     carried = one_text_each([captions[number] or "" for number in used])
     text_XP = embed_texts(model, run, tokenizer, carried.texts, mesh=mesh, device=device, progress=progress)
     image_RP = pictures.image_RP[torch.tensor(used, device=device)]

@@ -20,7 +20,14 @@ from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.tokenizer import Tokenizer
 from limoe_dist.equations.contrastive import normalize
-from limoe_dist.eval.classes import NO_CLASS, ClassNames, classes_of_concepts, concepts_of, true_classes
+from limoe_dist.eval.classes import (
+    NO_CLASS,
+    ClassNames,
+    check_templates,
+    classes_of_concepts,
+    concepts_of,
+    true_classes,
+)
 from limoe_dist.eval.embed import Progress, embed_pictures, embed_texts, silent
 from limoe_dist.eval.ranking import chance_frac, evenly_spread, hit_fracs, nearest_keys
 from limoe_dist.model.tower import Limoe
@@ -62,10 +69,6 @@ class ZeroShot:
     """(rows,) int64 on the CPU: the rows that were classified."""
     first_R5: Tensor = field(repr=False, compare=False)
     """(rows, min(5, K)) int64 on the CPU: the classes that each was taken for, best first."""
-
-    def line(self) -> str:
-        """For a person who watches training."""
-        return f"zero-shot top-1 {self.top1:.3f}, top-5 {self.top5:.3f} of {self.classes} classes"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -110,7 +113,9 @@ def zeroshot(
     pictures = embed_pictures(model, run, shards, mesh=mesh, device=device, progress=progress)
     used_R = (class_R != NO_CLASS) & pictures.good_R
     if not used_R.any():
-        raise UserError(f"{place}: no row has both a concept and a picture that can be decoded: pack again", shared=True)
+        raise UserError(
+            f"{place}: no row has both a concept and a picture that can be decoded: pack again", shared=True
+        )
     row = used_R.nonzero()[:, 0]
     first_R5 = nearest_keys(pictures.image_RP[row], class_KP, 5)
     top1, top5 = hit_fracs(first_R5, class_R[row], torch.arange(len(classes), device=device), (1, 5))
@@ -149,14 +154,6 @@ def class_prompts(classes: Sequence[ClassNames], templates: Sequence[str]) -> Pr
         for template in templates
     ]
     return Prompts(texts=tuple(text for text, _ in made), class_X=torch.tensor([number for _, number in made]))
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    if not templates:
-        raise UserError('eval.templates is empty: give at least one, for example "a photo of a {}"', shared=True)
-    for template in templates:
-        if "{}" not in template:
-            raise UserError(f'eval.templates: "{template}" must hold {{}} where the class name goes', shared=True)
 
 
 def class_embeddings(text_XP: Tensor, class_X: Tensor, num_classes: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.parse import fingerprint, known_keys, load_run, save_run, write_atomically
+from limoe_dist.config.parse import decisive, fingerprint, known_keys, load_run, save_run, write_atomically
 from limoe_dist.config.presets import names, preset
 from limoe_dist.config.schema import Run
 from tests.config.settings import changed
@@ -55,11 +55,8 @@ def test_a_wrong_value_is_shown_with_its_name(tmp_path):
 
 def test_several_problems_are_all_reported(tmp_path):
     lines = refusal(tmp_path, {"train": {"steps": 0}, "text": {"pad": "none"}, "optim": {"learning_rate": 1}})
-    assert [line.split(":")[0] for line in lines] == [
-        'text.pad="none"',
-        "unknown key optim.learning_rate",
-        "train.steps=0",
-    ]
+    named = ['text.pad="none": ', "unknown key optim.learning_rate", "train.steps=0: "]
+    assert [line[: len(start)] for line, start in zip(lines, named, strict=True)] == named
 
 
 def test_a_file_that_is_missing_or_no_json_is_named(tmp_path):
@@ -67,6 +64,13 @@ def test_a_file_that_is_missing_or_no_json_is_named(tmp_path):
         load_run(tmp_path / "none.json")
     (line,) = refusal(tmp_path, "{steps: 3")
     assert "Invalid JSON" in line
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_number_that_json_cannot_hold_is_refused(value):
+    # JSON would hold null in its place, and the run could not be read again.
+    with pytest.raises(ValidationError, match="finite number"):
+        changed(Run(), {"optim.clip_norm": value})
 
 
 def test_known_keys_are_sections_and_dotted_settings():
@@ -127,6 +131,12 @@ def test_the_fingerprint_ignores_paths_layout_logging_and_saving(change):
 )
 def test_the_fingerprint_changes_with_what_decides_the_results(change):
     assert fingerprint(changed(preset("tiny"), change)) != fingerprint(preset("tiny"))
+
+
+def test_decisive_settings_are_named_with_their_section():
+    settings = decisive(preset("tiny"))
+    assert (settings["moe.num_experts"], settings["train.batch_pairs"]) == (8, 128)
+    assert not {"data.manifest", "parallel.ep", "train.stop_grace_s"} & set(settings)
 
 
 def test_the_fingerprint_is_sixteen_hexadecimal_digits():

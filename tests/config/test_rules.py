@@ -6,8 +6,8 @@ from limoe_dist.config.presets import preset
 from limoe_dist.config.rules import ConfigError, check, divisors
 from tests.config.settings import changed
 
-# Changes to `tiny` (width 96, 4 heads, depth 4, MLP 384, 8 experts in blocks 1 and 3, groups of 32 pairs, batch 128, 900
-# steps, pictures of 48 with patch 12), the number of ranks, and what must be said about them.
+# Changes to `tiny` (width 96, 4 heads, depth 4, MLP 384, 8 experts in blocks 1 and 3, groups of 32 pairs, batch 128,
+# 900 steps, pictures of 48 with patch 12), the number of ranks, and what must be said about them.
 BROKEN = {
     "heads must divide width": (
         {"model.heads": 5},

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from limoe_dist.config.schema import Image
-from limoe_dist.data.augment import augment_params, caption_index, identity_params
+from limoe_dist.data.augment import augment_params, caption_index, crop_with_pixels, identity_params
 
 POSITIONS = np.arange(4000)
 ALL = Image(
@@ -50,6 +50,15 @@ def test_crops_keep_at_least_their_area_inside_the_picture() -> None:
     aspect = params.shape[:, 1] / params.shape[:, 0]
     assert 3 / 4 - 1e-6 <= aspect.min() < 0.76
     assert 1.32 < aspect.max() <= 4 / 3 + 1e-6
+
+
+def test_a_crop_of_less_than_a_pixel_is_widened_to_one() -> None:
+    shape = np.array([[0.01, 0.5], [0.2, 0.01], [0.5, 0.5]], dtype=np.float32)
+    anchor = np.array([[0.99, 0.5], [0.0, 0.4], [0.5, 0.25]], dtype=np.float32)
+    # Pictures of 4, 1 and 100 pixels: at least 1.01 / 4 of a side, the whole picture, and no change.
+    anchor, shape = crop_with_pixels(anchor, shape, np.array([4, 1, 100]))
+    np.testing.assert_allclose(shape, [[0.2525, 0.5], [1, 1], [0.5, 0.5]])
+    np.testing.assert_allclose(anchor, [[0.7475, 0.5], [0, 0], [0.5, 0.25]], rtol=1e-6)
 
 
 def test_about_a_quarter_is_flipped() -> None:

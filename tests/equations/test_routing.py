@@ -96,6 +96,8 @@ def test_the_last_bit_of_a_product_gives_no_slot_more():
 def test_an_expert_has_at_least_one_multiple_of_slots():
     assert capacity(1, num_experts=32, k=1, factor=0.01) == 4
     assert capacity(1, num_experts=32, k=1, factor=0.01, multiple=1) == 1
+    # 3e-14 slots are rounded to 0, and still an expert has one.
+    assert capacity(1, num_experts=32, k=1, factor=1e-12, multiple=1) == 1
 
 
 def test_ties_go_to_the_lowest_expert():
@@ -133,6 +135,12 @@ def test_images_first_serves_as_the_tokens_stand():
 
 def test_equal_priorities_are_served_as_they_stand():
     assert service_order(torch.full((1, 5), 0.5), order="priority").tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_masked_padding_is_served_last():
+    valid_GS = torch.tensor([[True, False, True]])
+    for order, expected in (("priority", [2, 0, 1]), ("images_first", [0, 2, 1])):
+        assert service_order(torch.tensor([[0.5, 0.9, 0.7]]), valid_GS, order=order).tolist() == [expected]
 
 
 def test_first_choices_are_served_before_second_ones():

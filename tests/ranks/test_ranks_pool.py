@@ -11,9 +11,9 @@ import torch.distributed as dist
 from tests.support.ranks import RankFailure, RanksPool
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool():
-    """A pool of its own: these tests kill ranks, which would cost the others a new start."""
+    """A pool for the tests that kill ranks, which would cost the other tests a new start."""
     pool = RanksPool(2)
     yield pool
     pool.close()
@@ -80,9 +80,12 @@ def test_a_failing_rank_is_named_at_once_and_the_pool_recovers(pool):
         pool.run(raise_on_rank_1_while_rank_0_waits)
     # Rank 0 would have waited 60 s in its barrier.
     assert time.monotonic() - start < 30
+    assert [answer[-1] for answer in pool.run(place_and_total, 10)] == [21, 21]
+
+
+def test_a_rank_that_dies_is_named(pool):
     with pytest.raises(RankFailure, match=r"rank 0 of 2 ended with exit code 3"):
         pool.run(die_on_rank_0)
-    assert [answer[-1] for answer in pool.run(place_and_total, 10)] == [21, 21]
 
 
 def test_a_silent_rank_is_named_when_time_is_up(pool):

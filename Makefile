@@ -1,0 +1,52 @@
+# make quickstart   from nothing to a trained model and a report      make test   every test
+# Both set up .venv by themselves, once; again where requirements.txt, pyproject.toml or the place of this folder change.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+# make test TESTS="tests/launch -k plan"
+TESTS ?=
+# make quickstart FIGURES=figures.json: where the measured figures go
+FIGURES ?= quickstart/figures.json
+
+.PHONY: help setup test quickstart clean FORCE
+
+help:
+	@echo 'make quickstart   set up, fetch the demo data, train the preset tiny on 2 ranks, evaluate, write a report'
+	@echo 'make test         set up, run every test'
+	@echo 'make setup        only make .venv, with the packages of requirements.txt and the command .venv/bin/limoe'
+	@echo 'make clean        remove .venv and quickstart/'
+	@echo 'PYTHON=python3.12 names the Python that .venv is made from (3.11 or newer)'
+
+setup: $(STAMP)
+
+# An environment knows its own path: one that was copied or moved here is made anew.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
+endif
+
+$(STAMP): requirements.txt pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || \
+		{ echo 'limoe: $(PYTHON) was not found: sudo apt install python3 python3-venv' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'limoe: $(PYTHON) is older than Python 3.11: sudo apt install python3.11 python3.11-venv,' \
+		'then make PYTHON=python3.11' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "limoe: $(PYTHON) cannot make environments: sudo apt install" \
+		"$$("$(PYTHON)" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; exit 1; }
+	@echo 'setting up $(VENV): a few minutes, most of them downloads'
+	@rm -f $(STAMP)
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps -e .
+	@printf '%s\n' '$(CURDIR)' > $(STAMP)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+quickstart:
+	@start=$$(date +%s) && $(MAKE) --no-print-directory setup && end=$$(date +%s) && \
+		$(VENV)/bin/python -m launch.quickstart --setup-seconds $$((end - start)) --figures '$(FIGURES)'
+
+clean:
+	rm -rf $(VENV) quickstart

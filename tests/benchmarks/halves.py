@@ -1,0 +1,75 @@
+"""Zero-shot accuracy of finished runs on two halves of the validation concepts, so that presets are chosen on one alone.
+
+    python -m tests.benchmarks.halves --data quickstart/shards/validation/manifest.json RUN [RUN ...] [--report FILE]
+
+A concept belongs to the tuning half where the first bit of the SHA-256 of its name is 0. All concepts are classes in
+both cases. Without --report only the tuning half is shown; with it, both halves are written as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from limoe_dist.checkpoint.storage import latest_checkpoint, load_weights
+from limoe_dist.config.parse import load_run
+from limoe_dist.data.arrow import ShardSet
+from limoe_dist.data.tokenizer import open_tokenizer
+from limoe_dist.eval.zeroshot import zeroshot
+from limoe_dist.model.tower import build_model
+from limoe_dist.parallel.mesh import Mesh
+
+
+def in_tuning_half(concept: str) -> bool:
+    return hashlib.sha256(concept.encode()).digest()[0] < 128
+
+
+def halves(run_dir: Path, data: Path) -> dict[str, object]:
+    """Rows, top-1 and top-5 of each half, with the steps and the last checkpoint's name."""
+    run, mesh, device = load_run(run_dir / "run.json"), Mesh.single(), torch.device("cpu")
+    checkpoint = latest_checkpoint(run_dir)
+    model = build_model(run, mesh=mesh, device=device)
+    load_weights(checkpoint, model, mesh)
+    train = ShardSet(run.data.manifest)
+    shards = ShardSet(data)
+    result = zeroshot(
+        model, run, shards, open_tokenizer(run, train.manifest, train.folder), mesh=mesh, device=device, classes=None
+    )
+    concepts = [shards.row(number).concept for number in result.row_R.tolist()]
+    names = sorted(set(concepts))
+    figures: dict[str, object] = {"run": run_dir.name, "checkpoint": checkpoint.name}
+    for half, wanted in (("tuning", True), ("reported", False)):
+        ranks = [
+            [names[guess] for guess in guesses].index(concept) if concept in [names[g] for g in guesses] else 99
+            for concept, guesses in zip(concepts, result.first_R5.tolist(), strict=True)
+            if in_tuning_half(concept) == wanted
+        ]
+        figures[half] = {
+            "rows": len(ranks),
+            "top1": sum(rank < 1 for rank in ranks) / len(ranks),
+            "top5": sum(rank < 5 for rank in ranks) / len(ranks),
+        }
+    return figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args()
+    found = [halves(run, options.data) for run in options.runs]
+    for figures in found:
+        print(figures["run"], figures["checkpoint"], "tuning half:", figures["tuning"])
+    if options.report:
+        options.report.write_text(json.dumps({"command": " ".join(sys.argv), "runs": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from data_prep.pack import PackSettings, pack
+from data_prep.pictures import Caps
+from limoe_dist.config.errors import UserError
+from limoe_dist.data import manifest as manifests
+from tests.data_prep.pictures_of import decoded, encoded, folder_source, noisy, simple_source
+
+SETTINGS = PackSettings("test", shard_bytes=1_000_000, seed=0, caps=Caps(1_000_000, 100_000))
+
+
+def run(sources, out, *, settings=SETTINGS, threads=1, overwrite=False):
+    console = Console(file=io.StringIO())
+    return pack(sources, out, settings, threads=threads, overwrite=overwrite, console=console)
+
+
+def rows_of(out):
+    manifest = manifests.load_manifest(out / "manifest.json")
+    tables = [pa.ipc.open_file(pa.memory_map(str(out / shard.file))).read_all() for shard in manifest.shards]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def rejected(out):
+    lines = (out / "rejected.jsonl").read_text().splitlines()
+    return {one["image"]: one["reason"] for one in map(json.loads, lines)}
+
+
+def test_what_goes_in_comes_out(tmp_path):
+    content = encoded(noisy(1))
+    source = folder_source(
+        tmp_path / "src",
+        [{"image": "sub/a.png", "captions": ["an owl", "a bird"], "concept": "owl", "source": "birds"}],
+        {"sub/a.png": content},
+    )
+    (source / "sources.json").write_text('[{"name": "birds", "license": "MIT", "attribution": "somebody"}]')
+    packed = run([source], tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out")
+    assert list(row) == list(manifests.COLUMNS)
+    assert row == {
+        "key": "birds/sub/a",
+        "image": content,
+        "captions": ["an owl", "a bird"],
+        "concept": "owl",
+        "width": 16,
+        "height": 12,
+        "sha256": row["sha256"],
+        "source": "birds",
+    }
+    assert len(row["sha256"]) == 64
+    assert packed.manifest.sources == (manifests.Source(name="birds", rows=1, license="MIT", attribution="somebody"),)
+
+
+def test_the_manifest_proves_the_shards(tmp_path):
+    run([simple_source(tmp_path / "src")], tmp_path / "out")
+    manifest = manifests.load_manifest(tmp_path / "out/manifest.json")
+    manifests.verify_shards(manifest, tmp_path / "out")
+    assert (manifest.rows, manifest.name, manifest.tokenizer) == (6, "test", None)
+    assert [(one.name, one.rows, one.license) for one in manifest.sources] == [("src", 6, "unknown")]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_bad_rows_are_named_with_their_reason_and_do_not_stop_the_run(tmp_path):
+    whole = encoded(noisy(1, size=(64, 64)))
+    (tmp_path / "outside.png").write_bytes(whole)
+    pictures = {
+        "good.png": whole,
+        "cut.png": whole[: len(whole) // 2],
+        "text.png": b"hello",
+        "silent.png": whole,
+        "blank.png": whole,
+        "half.png": whole,
+        "bomb.png": encoded(Image.new("1", (2000, 1000))),
+    }
+    rows = [
+        {"image": name, "caption": "fine"} for name in pictures if name not in ("silent.png", "blank.png", "half.png")
+    ]
+    rows += [{"image": "silent.png", "captions": []}, {"image": "blank.png", "captions": ["fine", " \t"]}]
+    rows += [{"image": "half.png", "caption": "half a pair \ud800"}, {"image": "absent.png", "caption": "fine"}]
+    rows += [{"image": "../outside.png", "caption": "fine"}, {"image": "/", "caption": "fine"}]
+    packed = run([folder_source(tmp_path / "src", rows, pictures)], tmp_path / "out")
+    assert [row["key"] for row in rows_of(tmp_path / "out")] == ["src/good"]
+    reasons = rejected(tmp_path / "out")
+    assert packed.rejected == len(reasons) == 9
+    assert reasons["cut.png"].startswith("cannot be decoded")
+    assert reasons["text.png"].startswith("is no picture")
+    assert reasons["silent.png"] == "has no caption"
+    assert reasons["blank.png"] == "has an empty caption"
+    assert "surrogate" in reasons["half.png"]
+    assert "pixels" in reasons["bomb.png"]
+    assert reasons["absent.png"] == "there is no such file"
+    assert "leaves the source folder" in reasons["../outside.png"]
+    assert "leaves the source folder" in reasons["/"]
+
+
+def test_a_run_without_a_good_row_is_an_error_and_leaves_no_manifest(tmp_path):
+    source = folder_source(tmp_path / "src", [{"image": "x.png", "caption": "fine"}], {"x.png": b"hello"})
+    with pytest.raises(UserError, match=r"all 1 rows were rejected, the first because x\.png is no picture"):
+        run([source], tmp_path / "out")
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_alpha_reaches_the_shard_on_white(tmp_path):
+    source = folder_source(
+        tmp_path / "src", [{"image": "x.png", "caption": "fine"}], {"x.png": encoded(Image.new("RGBA", (2, 2)))}
+    )
+    packed = run([source], tmp_path / "out")
+    assert packed.converted == 1
+    assert decoded(rows_of(tmp_path / "out")[0]["image"]).tolist() == [[[255, 255, 255]] * 2] * 2
+
+
+def test_the_same_seed_gives_the_same_bytes_for_any_number_of_threads(tmp_path):
+    source = simple_source(tmp_path / "src", 40)
+    first = run([source], tmp_path / "a", threads=1).manifest
+    second = run([source], tmp_path / "b", threads=3).manifest
+    assert first == second
+    other = run([source], tmp_path / "c", settings=replace(SETTINGS, seed=1)).manifest
+    assert other.shards[0].sha256 != first.shards[0].sha256
+    keys = [{row["key"] for row in rows_of(tmp_path / name)} for name in ("a", "c")]
+    assert keys[0] == keys[1]
+
+
+def test_rows_of_all_sources_are_mixed_and_their_place_does_not_depend_on_the_order_of_the_sources(tmp_path):
+    sources = [simple_source(tmp_path / "one", 20), simple_source(tmp_path / "two", 20)]
+    run(sources, tmp_path / "a")
+    run(sources[::-1], tmp_path / "b")
+    order = [row["source"] for row in rows_of(tmp_path / "a")]
+    assert {*order[:20]} == {"one", "two"}
+    assert [row["key"] for row in rows_of(tmp_path / "a")] == [row["key"] for row in rows_of(tmp_path / "b")]
+
+
+def test_a_shard_closes_with_the_row_that_fills_it(tmp_path):
+    source = simple_source(tmp_path / "src", 5)
+    size = len((source / "p0.png").read_bytes())
+    manifest = run([source], tmp_path / "out", settings=replace(SETTINGS, shard_bytes=size + 1)).manifest
+    assert [shard.rows for shard in manifest.shards] == [2, 2, 1]  # all five pictures have nearly the same size
+    assert len({row["key"] for row in rows_of(tmp_path / "out")}) == 5
+
+
+def test_batches_hold_at_most_256_rows(tmp_path):
+    rows = [{"image": f"{n}.png", "caption": str(n)} for n in range(300)]
+    content = encoded(noisy(1, size=(2, 2)))
+    run([folder_source(tmp_path / "src", rows, {row["image"]: content for row in rows})], tmp_path / "out")
+    with pa.memory_map(str(tmp_path / "out/shard-00000.arrow")) as file, pa.ipc.open_file(file) as reader:
+        assert [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)] == [256, 44]
+
+
+def test_the_same_inputs_are_packed_once(tmp_path):
+    source = simple_source(tmp_path / "src")
+    first = run([source], tmp_path / "out")
+    state = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    second = run([source], tmp_path / "out")
+    assert (first.skipped, second.skipped) == (False, True)
+    assert second.manifest == first.manifest
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == state
+
+
+def change_caption(source):
+    (source / "captions.jsonl").write_text('{"image": "p0.png", "caption": "another"}\n')
+
+
+def change_picture(source):
+    (source / "p0.png").write_bytes(encoded(noisy(99)))
+
+
+def change_license(source):
+    (source / "sources.json").write_text('[{"name": "src", "license": "MIT"}]')
+
+
+@pytest.mark.parametrize("change", [change_caption, change_picture, change_license])
+def test_other_inputs_are_refused_unless_overwritten(tmp_path, change):
+    source, out = simple_source(tmp_path / "src"), tmp_path / "out"
+    old = run([source], out).manifest
+    change(source)
+    with pytest.raises(UserError, match=r"packed from other inputs or settings.*--overwrite"):
+        run([source], out)
+    assert manifests.load_manifest(out) == old
+    assert run([source], out, overwrite=True).manifest != old
+    assert run([source], out).skipped
+
+
+def test_other_settings_are_refused(tmp_path):
+    source = simple_source(tmp_path / "src")
+    run([source], tmp_path / "out")
+    with pytest.raises(UserError, match="other inputs or settings"):
+        run([source], tmp_path / "out", settings=replace(SETTINGS, seed=1))
+
+
+def test_overwriting_with_less_leaves_nothing_of_the_old_set(tmp_path):
+    source, out = simple_source(tmp_path / "src"), tmp_path / "out"
+    run([source], out, settings=replace(SETTINGS, shard_bytes=1))
+    (out / "tokenizer.model").write_bytes(b"old vocabulary")
+    (out / "notes.txt").write_text("mine")
+    run([source], out, overwrite=True)
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["manifest.json", "notes.txt", "pack.json", "rejected.jsonl", "shard-00000.arrow"]
+
+
+def test_an_interrupted_run_is_no_data_set_and_is_begun_anew(tmp_path, monkeypatch):
+    source, out = simple_source(tmp_path / "src"), tmp_path / "out"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "save_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run([source], out)
+    assert (out / "shard-00000.arrow").exists()
+    assert not (out / "manifest.json").exists()
+    assert not run([source], out).skipped
+    assert len(rows_of(out)) == 6
+
+
+def test_an_interrupted_overwrite_leaves_no_manifest_of_shards_that_are_gone(tmp_path, monkeypatch):
+    source, out = simple_source(tmp_path / "src"), tmp_path / "out"
+    run([source], out)
+    change_caption(source)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.pack._write_shards", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run([source], out, overwrite=True)
+    assert not (out / "manifest.json").exists()
+    assert not list(out.glob("shard-*"))
+
+
+def test_a_lost_shard_is_packed_again(tmp_path):
+    source, out = simple_source(tmp_path / "src"), tmp_path / "out"
+    run([source], out)
+    (out / "shard-00000.arrow").write_bytes(b"cut off")
+    assert not run([source], out).skipped
+    manifests.verify_shards(manifests.load_manifest(out), out)
+
+
+def test_shards_of_somebody_else_are_refused(tmp_path):
+    source, out = simple_source(tmp_path / "src"), tmp_path / "out"
+    run([source], out)
+    shutil.copytree(out, tmp_path / "foreign")
+    for name in ("pack.json", "manifest.json"):
+        (tmp_path / "foreign" / name).unlink()
+    with pytest.raises(UserError, match="other inputs"):
+        run([source], tmp_path / "foreign")
+
+
+def test_two_pictures_never_share_a_key(tmp_path):
+    rows = [{"image": name, "caption": name} for name in ("a.png", "a.jpg", "./a.png", "src/b.png", "b.png")]
+    pictures = {"a.png": encoded(noisy(1)), "a.jpg": encoded(noisy(2), "JPEG"), "src/b.png": encoded(noisy(3))}
+    pictures["b.png"] = encoded(noisy(4))
+    run([folder_source(tmp_path / "src", rows, pictures)], tmp_path / "out")
+    keys = {row["key"]: row["captions"] for row in rows_of(tmp_path / "out")}
+    assert keys == {
+        "src/a": ["a.png"],
+        "src/a.jpg": ["a.jpg"],
+        "src/a.png": ["./a.png"],
+        "src/b": ["src/b.png"],
+        "src/b.png": ["b.png"],
+    }
+
+
+def test_a_key_that_is_taken_twice_is_rejected(tmp_path):
+    sources = [simple_source(tmp_path / name / "src", 1) for name in ("x", "y", "z")]
+    run(sources, tmp_path / "out")
+    assert sorted(row["key"] for row in rows_of(tmp_path / "out")) == ["src/p0", "src/p0.png"]
+    assert rejected(tmp_path / "out") == {"p0.png": "its key src/p0.png is taken by an earlier row"}

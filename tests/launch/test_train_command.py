@@ -1,0 +1,178 @@
+"""`limoe train` as a user starts it: ranks, signals, resume, and mistakes that end in one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.shards import write_shards
+
+SMALL = (
+    "--model.width 32 --model.depth 2 --model.heads 2 --model.mlp-dim 64 --model.embed-dim 16 --image.size 16 "
+    "--image.patch 8 --text.length 8 --text.vocab-size 64 --moe.blocks 1 --moe.group-pairs 4 --train.batch-pairs 16 "
+    "--optim.warmup-steps 2 --optim.cooldown-steps 2 --log.every-steps 1 --checkpoint.every-steps 0 --log.no-tensorboard"
+).split()
+
+# Every save of a rank takes this many seconds: Python imports a module of this name at its start.
+SLOW_SAVE = """
+import os, sys, time
+seconds = float(os.environ.get("TEST_SAVE_SECONDS", "0"))
+if seconds and "RANK" in os.environ:
+    import safetensors.torch
+    original = safetensors.torch.save_file
+    def slow(*positional, **named):
+        print("saving", flush=True)
+        time.sleep(seconds)
+        return original(*positional, **named)
+    safetensors.torch.save_file = slow
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"), rows=64)
+
+
+def limoe(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "limoe_dist", *words],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | environ,
+    )
+
+
+def start(tmp_path: Path, command: list[str], save_seconds: float) -> subprocess.Popen[str]:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_SAVE)
+    environ = os.environ | {"PYTHONPATH": str(tmp_path), "TEST_SAVE_SECONDS": str(save_seconds)}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environ,
+        start_new_session=True,
+    )
+
+
+def signal_in_training(process: subprocess.Popen[str], number: int) -> str:
+    """Waits for the third step, sends the signal to the launcher alone, and returns all that was printed."""
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate(timeout=120)
+    return "".join(seen) + rest
+
+
+def saved_step(out: Path) -> int:
+    (manifest,) = (out / "checkpoints").glob("step-*/manifest.json")
+    return int(json.loads(manifest.read_text())["step"])
+
+
+def test_sigterm_waits_for_a_save_that_takes_longer_than_the_launchers_own_30_seconds(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "run"
+    command = ["limoe_dist", "train", "tiny", "--data", str(data), "--out", str(out), "--ranks", "2", "--parallel.ep", "2"]
+    process = start(tmp_path, [*command, *SMALL, "--train.steps", "100000"], save_seconds=32)
+    printed = signal_in_training(process, signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert f"stopped at step {saved_step(out)} of 100000, saved; go on: limoe train --resume {out} --ranks 2" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_grace_shorter_than_the_save_kills_it_and_leaves_no_checkpoint(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "run"
+    command = ["limoe_dist", "train", "tiny", "--data", str(data), "--out", str(out), "--ranks", "2", *SMALL]
+    process = start(tmp_path, [*command, "--train.steps", "100000", "--train.stop-grace-s", "3"], save_seconds=60)
+    began = time.monotonic()
+    signal_in_training(process, signal.SIGTERM)
+    assert time.monotonic() - began < 60
+    assert not list((out / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_ctrl_c_under_torchrun_saves_and_ends_and_the_run_goes_on(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "run"
+    command = ["torch.distributed.run", "--nproc-per-node", "2", "--shutdown-timeout", "60", "-m", "limoe_dist"]
+    words = ["train", "tiny", "--data", str(data), "--out", str(out), "--parallel.ep", "2", *SMALL]
+    process = start(tmp_path, [*command, *words, "--train.steps", "100000"], save_seconds=2)
+    printed = signal_in_training(process, signal.SIGINT)
+    step = saved_step(out)
+    assert f"stopped at step {step} of 100000, saved" in printed
+    done = limoe("train", "--resume", str(out), "--ranks", "2", "--stop-after", str(step + 2))
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, step + 3))
+
+
+def test_mistakes_end_in_one_line_with_status_2_before_anything_starts(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "broken.json").write_text("{}")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "run.json").write_text("{}")
+    common = ["--data", str(data), "--out", str(out)]
+    cases = {
+        'unknown preset "tinny"; did you mean "tiny"?': ["tinny", *common],
+        "parallel.ep=3 must divide the number of ranks, 2: use 1 or 2": ["tiny", *common, "--ranks", "2", "--parallel.ep", "3"],
+        "train.batch_pairs=100 must be a multiple of 1 ranks * moe.group_pairs=32 = 32: use 96 or 128": [
+            "tiny", *common, "--train.batch-pairs", "100",
+        ],
+        "--data is missing": ["tiny", "--out", str(out)],
+        "--out is missing": ["tiny", "--data", str(data)],
+        "broken.json: rows": ["tiny", "--data", str(tmp_path / "broken.json"), "--out", str(out)],
+        "nothing.json: cannot be read": ["tiny", "--data", str(tmp_path / "nothing.json"), "--out", str(out)],
+        "holds a run already": ["tiny", "--data", str(data), "--out", str(taken)],
+        "this is not the directory of a run": ["--resume", str(tmp_path)],
+        "give a preset first": ["--data", str(data)],
+    }  # fmt: skip
+    for text, words in cases.items():
+        done = limoe("train", *words)
+        assert done.returncode == 2, (words, done.stderr)
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not out.exists()
+    assert (taken / "run.json").read_text() == "{}"
+
+
+def test_all_broken_rules_are_told_at_once(tmp_path: Path, data: Path) -> None:
+    words = ["--ranks", "2", "--parallel.ep", "3", "--model.heads", "5", "--train.batch-pairs", "100"]
+    done = limoe("train", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), *words)
+    assert done.returncode == 2
+    told = [line for line in done.stderr.splitlines() if line.startswith("limoe: error: ")]
+    assert {line.split("=")[0].removeprefix("limoe: error: ") for line in told} == {
+        "model.heads",
+        "parallel.ep",
+        "train.batch_pairs",
+    }
+
+
+def test_an_unknown_setting_offers_the_nearest_one(tmp_path: Path, data: Path) -> None:
+    done = limoe("train", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), "--parallel.epp", "2")
+    assert done.returncode == 2
+    assert "--parallel.ep" in done.stderr + done.stdout
+
+
+def test_a_fault_that_only_ranks_can_find_is_told_once(tmp_path: Path) -> None:
+    manifest = write_shards(tmp_path / "shards", rows=64, shards=1)
+    shard = tmp_path / "shards" / "shard-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = limoe("train", "tiny", "--data", str(manifest), "--out", str(tmp_path / "run"), "--ranks", "2", *SMALL,
+                 "--train.steps", "20")  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("limoe: error: ") == 1
+    assert "its checksum is not the one in the manifest" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

