@@ -38,11 +38,12 @@ exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 interr
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit status. What a user can mend is printed as lines, without a traceback."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        width = max(len(name) for name in COMMANDS)
-        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items())))
-        return 0 if argv else 2
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            width = max(len(name) for name in COMMANDS)
+            about = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+            print(USAGE.format(commands=about), flush=True)
+            return 0 if argv else 2
         if argv[0] not in COMMANDS:
             raise UserError(f'unknown command "{argv[0]}"{nearest(argv[0], COMMANDS)} (see limoe --help)')
         return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]))

@@ -108,7 +108,7 @@ _GRACE_S = 5.0
 
 
 def _launched() -> bool:
-    from limoe_dist.parallel.bootstrap import discover
+    from limoe_dist.parallel.place import discover
 
     return discover(os.environ).found_by != "alone"
 
@@ -185,7 +185,8 @@ class Subject:
 
 def _evaluate(options: Options, inputs: Inputs) -> None:
     """The part that every rank runs. Rank 0 shows and writes the result."""
-    from limoe_dist.parallel.bootstrap import discover, start
+    from limoe_dist.parallel.bootstrap import start
+    from limoe_dist.parallel.place import discover
 
     run = _laid_out(inputs.run, discover(os.environ).world)
     with start(run.parallel, os.environ) as (mesh, device), _progress(mesh.rank == 0) as progress:
@@ -215,10 +216,14 @@ def _loaded(options: Options, run: Run, data: str, mesh: Mesh, device: torch.dev
 def _zeroshot(of: Subject, inputs: Inputs) -> tuple[dict[str, Any], Table]:
     from launch.eval_tables import zeroshot_table
     from limoe_dist.data.arrow import ShardSet
+    from limoe_dist.eval.classes import classes_of_run
     from limoe_dist.eval.pixels import pixel_nearest_neighbour
     from limoe_dist.eval.zeroshot import zeroshot
 
-    classes, mesh, device, progress = inputs.classes, of.mesh, of.device, of.progress
+    mesh, device, progress = of.mesh, of.device, of.progress
+    classes = inputs.classes
+    if classes is None and of.run.eval.classes == "trained":
+        classes = classes_of_run(of.run, ShardSet(of.run.data.manifest), of.shards)
     found = zeroshot(
         of.model, of.run, of.shards, of.tokenizer, mesh=mesh, device=device, classes=classes, progress=progress
     )

@@ -94,7 +94,7 @@ def _emoji(name: str, *, steps: int, width: int, depth: int, heads: int, patch: 
         ),
         optim=Optim(lr=2e-3, weight_decay=0.05, warmup_steps=100, timescale=steps, cooldown_steps=steps // 2),
         train=Train(steps=steps, batch_pairs=128),
-        eval=Eval(batch_pairs=64),
+        eval=Eval(batch_pairs=64, classes="trained"),
         checkpoint=Checkpoint(every_steps=200),
         log=Log(every_steps=10),
     )

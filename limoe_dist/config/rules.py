@@ -75,6 +75,11 @@ def _moe(run: Run) -> list[str]:
                 f"moe.min_{name}_experts={wanted:g} can never be met with moe.num_experts={moe.num_experts}: "
                 f"use 1 to {moe.num_experts}"
             )
+    if moe.eval_capacity == "paper" and run.eval.batch_pairs % moe.group_pairs:
+        problems.append(
+            f"eval.batch_pairs={run.eval.batch_pairs} must be a multiple of moe.group_pairs={moe.group_pairs} "
+            f"with moe.eval_capacity=paper: use {-(-run.eval.batch_pairs // moe.group_pairs) * moe.group_pairs}"
+        )
     if moe.load and not moe.noise_std:
         problems.append(f"moe.load={moe.load:g} needs router noise: set moe.noise_std above 0 (the paper's is 1)")
     return problems
@@ -119,7 +124,8 @@ def _layout(run: Run, world: int) -> list[str]:
     if run.train.batch_pairs % unit:
         below, above = run.train.batch_pairs // unit * unit, -(-run.train.batch_pairs // unit) * unit
         fits = f"{below} or {above}" if below else str(above)
-        unit_text = f"{world} ranks * moe.group_pairs={moe.group_pairs}" if moe.blocks else f"{world} ranks"
+        ranks = f"{world} rank{'s' if world > 1 else ''}"
+        unit_text = f"{ranks} * moe.group_pairs={moe.group_pairs}" if moe.blocks else ranks
         problems.append(
             f"train.batch_pairs={run.train.batch_pairs} must be a multiple of {unit_text} = {unit}: use {fits}"
         )

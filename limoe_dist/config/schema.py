@@ -10,6 +10,8 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 
 
@@ -42,7 +44,7 @@ class Image(Section):
     """Subtracted from 0..255 pixel values; 255 maps a white background to 0."""
     std: Positive = 127.5
     """Divides the pixel values after image.mean was subtracted."""
-    min_crop_area: Fraction = 1.0
+    min_crop_area: Share = 1.0
     """Smallest share of the picture that a random square-ish crop keeps; 1 keeps the whole picture."""
     flip: Fraction = 0.0
     """Probability of a horizontal flip."""
@@ -135,9 +137,9 @@ class Optim(Section):
     """Optimizer."""
     lr: Positive = 1e-3
     """Peak learning rate."""
-    beta1: Fraction = 0.9
+    beta1: BelowOne = 0.9
     """Decay of the first moment."""
-    beta2: Fraction = 0.98
+    beta2: BelowOne = 0.98
     """Decay of the second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
@@ -159,7 +161,7 @@ class Parallel(Section):
     ep: Count = 1
     """Ranks that share one set of experts (expert parallel); divides moe.num_experts."""
     reduce_dtype: Literal["fp32", "fp64"] = "fp32"
-    """Type in which gradients are summed over ranks; fp64 when train.dtype is fp64."""
+    """Type in which gradients are summed over ranks; with train.dtype fp64 always fp64."""
     timeout_s: Positive = 600.0
     """Seconds after which a collective that some rank did not join ends the run."""
     threads: Count = 1
@@ -184,6 +186,9 @@ class Eval(Section):
     """Zero-shot and retrieval on data.validation every so many steps; 0: at the end only."""
     batch_pairs: Count = 64
     """Pictures or texts per rank and forward pass."""
+    classes: Literal["evaluated", "trained"] = "evaluated"
+    """What zero-shot chooses between without a class file: the concepts of the evaluated rows, or with trained those
+    of the training rows too (they are all read for that: for small sets)."""
     templates: tuple[str, ...] = ("{}", "an emoji of {}")
     """Prompts for zero-shot classes; {} is the class name."""
 

@@ -100,7 +100,7 @@ def caption_index(draw: float, num_captions: int) -> int:
 def crop_with_pixels(anchor: Floats, shape: Floats, short_sides: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
     """The crops, widened where they are so small that no pixel of the picture would be left.
 
-    A decoder fails on an empty crop, and whether a row is bad must not depend on the position that reads it.
+    An empty crop cannot be resized, and whether a row is bad must not depend on the position that reads it.
     short_sides: (n,) pixels; the smaller of both, since a picture may be turned by its EXIF orientation.
     """
     # Both ends of a crop are rounded: an extent of one pixel leaves one. The hundredth is for float32.

@@ -51,7 +51,8 @@ class Decoder:
 
         Raises DecodeError where any of the pictures cannot be decoded.
         """
-        arguments = self._arguments(encoded, params)
+        # Also where nothing is cropped: an unreadable header must not reach DALI (see declared_size).
+        arguments = self._arguments(params, _short_sides(encoded))
         try:
             (output,) = self._pipeline.run(encoded=list(encoded), **arguments)
         except RuntimeError as error:
@@ -62,12 +63,10 @@ class Decoder:
             raise DecodeError(_reason(str(error))) from None
         return self._owned(output, len(encoded))
 
-    def _arguments(
-        self, encoded: Sequence[npt.NDArray[np.uint8]], params: AugmentParams
-    ) -> dict[str, npt.NDArray[Any]]:
+    def _arguments(self, params: AugmentParams, short_sides: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         arguments: dict[str, npt.NDArray[Any]] = {}
         if self._crops:
-            anchor, shape = crop_with_pixels(params.anchor, params.shape, _short_sides(encoded))
+            anchor, shape = crop_with_pixels(params.anchor, params.shape, short_sides)
             arguments |= {"anchor": anchor, "shape": shape}
         if self._warps:
             arguments |= {"matrix": params.matrix}
@@ -93,17 +92,11 @@ class Decoder:
 
     def _graph(self, device: str) -> Any:
         encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
+        # Whole, and cut afterwards: decoders.image_slice reads a broken JPEG as long as the crop ends above the break,
+        # so that a row would be bad at one position and good at another.
+        pixels: Any = fn.decoders.image(encoded, device=device, output_type=DALIImageType.RGB)
         if self._crops:
-            pixels: Any = fn.decoders.image_slice(
-                encoded,
-                _argument("anchor", ndim=1),
-                _argument("shape", ndim=1),
-                device=device,
-                axis_names="HW",
-                output_type=DALIImageType.RGB,
-            )
-        else:
-            pixels = fn.decoders.image(encoded, device=device, output_type=DALIImageType.RGB)
+            pixels = fn.slice(pixels, _argument("anchor", ndim=1), _argument("shape", ndim=1), axis_names="HW")
         pixels = fn.resize(pixels, size=[self.image.size, self.image.size], antialias=True)
         if self._warps:
             pixels = fn.warp_affine(pixels, matrix=_argument("matrix", ndim=2), fill_value=WHITE)
@@ -120,9 +113,9 @@ class Decoder:
         )
 
     def _owned(self, output: Any, num: int) -> Tensor:
-        """A copy: DALI writes its next batch into the same memory."""
+        """A copy (`as_array` makes one): DALI writes its next batch into the same memory."""
         if self.device.type != "cuda":
-            return torch.from_numpy(np.array(output.as_array()))
+            return torch.from_numpy(output.as_array())
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         images = torch.empty((num, 3, self.image.size, self.image.size), dtype=torch.float32, device=self.device)

@@ -59,12 +59,13 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, index: SlotIndex) -> Tensor:
         ctx.index = index
-        return x_TD.index_select(0, index.token_R).mul_(index.used_R[:, None])
+        # Filled, not multiplied: a NaN in the token that stands in for "nobody" must not reach every empty row.
+        return x_TD.index_select(0, index.token_R).masked_fill_(~index.used_R[:, None], 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         index: SlotIndex = ctx.index
-        return _sum_choices(grads[0], index, index.kept_TK.to(grads[0].dtype)), None
+        return _sum_choices(grads[0], index, None), None
 
 
 class _Combine(torch.autograd.Function):
@@ -72,27 +73,33 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, buffer_RD: Tensor, weight_TK: Tensor, index: SlotIndex) -> Tensor:
         ctx.index = index
         ctx.save_for_backward(buffer_RD, weight_TK)
-        return _sum_choices(buffer_RD, index, weight_TK * index.kept_TK)
+        return _sum_choices(buffer_RD, index, weight_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         index: SlotIndex = ctx.index
         buffer_RD, weight_TK = ctx.saved_tensors
         (grad_TD,) = grads
-        weight_R1 = (weight_TK.flatten()[index.choice_R] * index.used_R)[:, None]
+        weight_R1 = weight_TK.flatten()[index.choice_R][:, None]
         grad_buffer_RD = (grad_TD.index_select(0, index.token_R) * weight_R1).to(buffer_RD.dtype)
+        grad_buffer_RD.masked_fill_(~index.used_R[:, None], 0)
         grad_weight = [
             (buffer_RD.index_select(0, index.row_TK[:, choice]).to(weight_TK.dtype) * grad_TD).sum(-1)
             for choice in range(weight_TK.shape[1])
         ]
-        return grad_buffer_RD, torch.stack(grad_weight, dim=-1) * index.kept_TK, None
+        return grad_buffer_RD, torch.stack(grad_weight, dim=-1).masked_fill_(~index.kept_TK, 0), None
 
 
-def _sum_choices(buffer_RD: Tensor, index: SlotIndex, weight_TK: Tensor) -> Tensor:
-    """(T, D): the weighted sum over the choices of each token, added in the order of the choices."""
-    total_TD = buffer_RD.index_select(0, index.row_TK[:, 0]) * weight_TK[:, :1]
-    for choice in range(1, weight_TK.shape[1]):
-        total_TD = total_TD + buffer_RD.index_select(0, index.row_TK[:, choice]) * weight_TK[:, choice, None]
+def _sum_choices(buffer_RD: Tensor, index: SlotIndex, weight_TK: Tensor | None) -> Tensor:
+    """(T, D): the (weighted) sum over the kept choices of each token, added in the order of the choices."""
+    total_TD: Tensor | None = None
+    for choice in range(index.row_TK.shape[1]):
+        part_TD = buffer_RD.index_select(0, index.row_TK[:, choice])
+        if weight_TK is not None:
+            part_TD = part_TD * weight_TK[:, choice, None]
+        part_TD.masked_fill_(~index.kept_TK[:, choice, None], 0)
+        total_TD = part_TD if total_TD is None else total_TD + part_TD
+    assert total_TD is not None
     return total_TD.to(buffer_RD.dtype)
 
 

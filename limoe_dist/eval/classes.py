@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from limoe_dist.config.errors import UserError, nearest
+from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.tokenizer import normalised
 
@@ -38,6 +39,14 @@ def classes_of_concepts(concepts: Iterable[str], *, place: str) -> list[ClassNam
             shared=True,
         )
     return [(first_seen[name],) for name in sorted(first_seen)]
+
+
+def classes_of_run(run: Run, train: ShardSet, shards: ShardSet) -> list[ClassNames]:
+    """The classes that eval.classes asks for, where no class file is given. Raises as `classes_of_concepts` does."""
+    concepts = concepts_of(shards)
+    if run.eval.classes == "trained":
+        concepts += concepts_of(train)
+    return classes_of_concepts(concepts, place=str(shards.path))
 
 
 def read_class_file(path: Path) -> list[ClassNames]:

@@ -20,7 +20,7 @@ from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.evaluation import evaluation_batches, num_evaluation_batches
 from limoe_dist.data.tokenizer import Tokenizer
-from limoe_dist.model.tower import Limoe
+from limoe_dist.model.tower import Limoe, autocast
 from limoe_dist.parallel.collectives import all_gather_rows
 from limoe_dist.parallel.mesh import Mesh
 
@@ -56,7 +56,7 @@ def embed_pictures(
         run, shards, None, batch_pairs=size, rank=mesh.rank, world=mesh.world.size, device=device
     )
     for done, batch in enumerate(batches, start=1):
-        with _autocast(run, device):
+        with autocast(run, device):
             image_bP = model(batch.images.to(dtype), None).image_BP
         assert image_bP is not None
         embedded.append(image_bP)
@@ -98,7 +98,7 @@ def embed_texts(
         # The last passes are filled up with text 0, which is not counted again.
         chosen = first[np.where(number.cpu().numpy() < len(first), number.cpu().numpy(), 0)]
         tokens, valid = (torch.from_numpy(x[chosen]).to(device) for x in (encoded.tokens, encoded.valid))
-        with _autocast(run, device):
+        with autocast(run, device):
             text_bP = model(None, tokens, valid).text_BP
         assert text_bP is not None
         embedded.append(text_bP)
@@ -114,12 +114,6 @@ def embed_texts(
 def pass_size(run: Run, count: int, *, world: int) -> int:
     """Rows b of each forward pass: eval.batch_pairs, less where all ranks together have fewer."""
     return min(run.eval.batch_pairs, -(-count // world))
-
-
-def _autocast(run: Run, device: torch.device) -> torch.autocast:
-    """bf16 where training uses it: for train.dtype=bf16, and for auto on a GPU."""
-    bf16 = run.train.dtype == "bf16" or (run.train.dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 def _in_order(x_nP: Tensor, number_n: Tensor, real_n: Tensor, total: int, mesh: Mesh) -> tuple[Tensor, Tensor]:

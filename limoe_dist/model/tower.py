@@ -141,13 +141,19 @@ def aux_loss(records: dict[int, MoeRecord], run: Run, *, global_groups: int) -> 
     return torch.stack(terms).sum() * (run.moe.aux_weight / (len(active) * global_groups))
 
 
+def autocast(run: Run, device: torch.device) -> torch.autocast:
+    """bf16 for the blocks where train.dtype asks for it: bf16, and auto on a GPU. Router and losses stay float32."""
+    bf16 = run.train.dtype == "bf16" or (run.train.dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
 def build_model(run: Run, *, mesh: Mesh, device: torch.device) -> Limoe:
     """The model with its first values on the device, float64 where train.dtype asks for it; on meta without values."""
     with torch.device(device):
         model = Limoe(run, mesh=mesh)
     if run.train.dtype == "fp64":
+        # .double() changes the data of the Parameter objects and keeps the objects, so their tags stay.
         model = model.double()
-        # .double() makes new tensors in place of the old ones, but keeps the Parameter objects and their tags.
     if device.type != "meta":
         initialise(model, seed=run.train.seed, mesh=mesh)
     return model

@@ -11,7 +11,7 @@ from limoe_dist.config.schema import Run
 from limoe_dist.data.loader import Batch
 from limoe_dist.equations.contrastive import contrastive_loss
 from limoe_dist.model.moe_layer import MoeRecord, RoutingMode
-from limoe_dist.model.tower import Limoe, aux_loss
+from limoe_dist.model.tower import Limoe, autocast, aux_loss
 from limoe_dist.optim.adamw import AdamW
 from limoe_dist.optim.schedule import learning_rate
 from limoe_dist.parallel.collectives import all_gather_rows
@@ -35,12 +35,6 @@ class StepResult:
     rate: float
 
 
-def compute_type(run: Run, device: torch.device) -> torch.dtype:
-    """The arithmetic of the blocks: train.dtype, where auto is bfloat16 on a GPU and float32 on a CPU."""
-    name = run.train.dtype if run.train.dtype != "auto" else ("bf16" if device.type == "cuda" else "fp32")
-    return {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}[name]
-
-
 def share_of_loss(
     model: Limoe, images: Tensor, tokens: Tensor, valid: Tensor, *, run: Run, mesh: Mesh, step: int
 ) -> tuple[Tensor, Tensor, Tensor, dict[int, MoeRecord]]:
@@ -50,10 +44,9 @@ def share_of_loss(
     The loss of the step is the sum of the shares of all ranks, whatever the layout.
     """
     pairs, device = len(images), images.device
-    kind = compute_type(run, device)
     first_group = mesh.rank * pairs // run.moe.group_pairs if run.moe.blocks else 0
     mode = RoutingMode(training=True, seed=run.train.seed, step=step, first_group=first_group)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=kind == torch.bfloat16):
+    with autocast(run, device):
         output = model(images.to(model.log_scale.dtype), tokens, valid, mode=mode)
     assert output.image_BP is not None
     assert output.text_BP is not None

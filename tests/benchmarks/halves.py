@@ -1,9 +1,10 @@
-"""Zero-shot accuracy of finished runs on two halves of the validation concepts, so that presets are chosen on one alone.
+"""Zero-shot accuracy of runs on two halves of the validation concepts, so that presets are chosen on one alone.
 
     python -m tests.benchmarks.halves --data quickstart/shards/validation/manifest.json RUN [RUN ...] [--report FILE]
 
-A concept belongs to the tuning half where the first bit of the SHA-256 of its name is 0. All concepts are classes in
-both cases. Without --report only the tuning half is shown; with it, both halves are written as JSON.
+A concept belongs to the tuning half where the first bit of the SHA-256 of its name is 0. The concepts of training and
+validation shards are the classes in both cases. Without --report only the tuning half is shown; with it, both halves
+are written as JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from limoe_dist.checkpoint.storage import latest_checkpoint, load_weights
 from limoe_dist.config.parse import load_run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.tokenizer import open_tokenizer
+from limoe_dist.eval.classes import classes_of_concepts, concepts_of
 from limoe_dist.eval.zeroshot import zeroshot
 from limoe_dist.model.tower import build_model
 from limoe_dist.parallel.mesh import Mesh
@@ -37,11 +39,11 @@ def halves(run_dir: Path, data: Path) -> dict[str, object]:
     load_weights(checkpoint, model, mesh)
     train = ShardSet(run.data.manifest)
     shards = ShardSet(data)
-    result = zeroshot(
-        model, run, shards, open_tokenizer(run, train.manifest, train.folder), mesh=mesh, device=device, classes=None
-    )
+    classes = classes_of_concepts(concepts_of(train) + concepts_of(shards), place=str(data))
+    tokenizer = open_tokenizer(run, train.manifest, train.folder)
+    result = zeroshot(model, run, shards, tokenizer, mesh=mesh, device=device, classes=classes)
     concepts = [shards.row(number).concept for number in result.row_R.tolist()]
-    names = sorted(set(concepts))
+    names = [name for (name, *_) in classes]
     figures: dict[str, object] = {"run": run_dir.name, "checkpoint": checkpoint.name}
     for half, wanted in (("tuning", True), ("reported", False)):
         ranks = [

@@ -166,6 +166,10 @@ def test_a_threshold_that_is_switched_off_may_be_anything():
     check(changed(preset("tiny"), {"moe.min_text_experts": 99.0, "moe.global_text": 0.0}))
 
 
+def test_a_load_loss_with_noise_is_lawful():
+    check(changed(preset("tiny"), {"moe.load": 1.0, "moe.noise_std": 0.5}))
+
+
 def test_the_fixes_that_are_offered_work():
     # The first and the last number of three of the sentences above.
     for change, world in (

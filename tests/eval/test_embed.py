@@ -70,6 +70,18 @@ def test_a_text_s_embedding_does_not_depend_on_its_batch(tmp_path: Path) -> None
     assert torch.allclose(together, alone, atol=1e-5, rtol=0)
 
 
+def test_masked_padding_stays_masked(tmp_path: Path) -> None:
+    shards = small_set(tmp_path, rows=2)
+    encoded = open_tokenizer(RUN, shards.manifest, shards.folder)(["sun"])
+    tokens, valid = torch.from_numpy(encoded.tokens), torch.from_numpy(encoded.valid)
+    assert not valid.all()
+    with torch.no_grad():
+        masked, seen = (small_model()(None, tokens, mask).text_BP for mask in (valid, torch.ones_like(valid)))
+    found = texts_of(RUN, shards, ("sun",), mesh=Mesh.single())
+    assert torch.allclose(found, masked, atol=1e-6)
+    assert not torch.allclose(found, seen, atol=1e-3)
+
+
 def test_texts_with_equal_tokens_have_equal_embeddings_to_the_last_bit(tmp_path: Path) -> None:
     shards = small_set(tmp_path, rows=2)
     found = texts_of(RUN, shards, ("red square", "old tree", " Red  SQUARE", "sun"), mesh=Mesh.single())

@@ -14,11 +14,15 @@ import pytest
 
 from tests.support.shards import write_shards
 
-SMALL = (
-    "--model.width 32 --model.depth 2 --model.heads 2 --model.mlp-dim 64 --model.embed-dim 16 --image.size 16 "
-    "--image.patch 8 --text.length 8 --text.vocab-size 64 --moe.blocks 1 --moe.group-pairs 4 --train.batch-pairs 16 "
-    "--optim.warmup-steps 2 --optim.cooldown-steps 2 --log.every-steps 1 --checkpoint.every-steps 0 --log.no-tensorboard"
-).split()
+# fmt: off
+SMALL = [
+    "--model.width", "32", "--model.depth", "2", "--model.heads", "2", "--model.mlp-dim", "64",
+    "--model.embed-dim", "16", "--image.size", "16", "--image.patch", "8", "--text.length", "8",
+    "--text.vocab-size", "64", "--moe.blocks", "1", "--moe.group-pairs", "4", "--train.batch-pairs", "16",
+    "--optim.warmup-steps", "2", "--optim.cooldown-steps", "2", "--log.every-steps", "1",
+    "--checkpoint.every-steps", "0", "--log.no-tensorboard",
+]
+# fmt: on
 
 # Every save of a rank takes this many seconds: Python imports a module of this name at its start.
 SLOW_SAVE = """
@@ -81,9 +85,23 @@ def saved_step(out: Path) -> int:
     return int(json.loads(manifest.read_text())["step"])
 
 
-def test_sigterm_waits_for_a_save_that_takes_longer_than_the_launchers_own_30_seconds(tmp_path: Path, data: Path) -> None:
+def test_sigterm_waits_for_a_save_that_takes_longer_than_the_launchers_own_30_seconds(
+    tmp_path: Path, data: Path
+) -> None:
     out = tmp_path / "run"
-    command = ["limoe_dist", "train", "tiny", "--data", str(data), "--out", str(out), "--ranks", "2", "--parallel.ep", "2"]
+    command = [
+        "limoe_dist",
+        "train",
+        "tiny",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--ranks",
+        "2",
+        "--parallel.ep",
+        "2",
+    ]
     process = start(tmp_path, [*command, *SMALL, "--train.steps", "100000"], save_seconds=32)
     printed = signal_in_training(process, signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM, printed
@@ -124,8 +142,10 @@ def test_mistakes_end_in_one_line_with_status_2_before_anything_starts(tmp_path:
     common = ["--data", str(data), "--out", str(out)]
     cases = {
         'unknown preset "tinny"; did you mean "tiny"?': ["tinny", *common],
-        "parallel.ep=3 must divide the number of ranks, 2: use 1 or 2": ["tiny", *common, "--ranks", "2", "--parallel.ep", "3"],
-        "train.batch_pairs=100 must be a multiple of 1 ranks * moe.group_pairs=32 = 32: use 96 or 128": [
+        "parallel.ep=3 must divide the number of ranks, 2: use 1 or 2": [
+            "tiny", *common, "--ranks", "2", "--parallel.ep", "3",
+        ],
+        "train.batch_pairs=100 must be a multiple of 1 rank * moe.group_pairs=32 = 32: use 96 or 128": [
             "tiny", *common, "--train.batch-pairs", "100",
         ],
         "--data is missing": ["tiny", "--out", str(out)],

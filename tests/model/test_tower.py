@@ -14,7 +14,7 @@ from tests.support.cases import batch, perturbed_model, small_run
 CPU = torch.device("cpu")
 
 
-# limoe.md, section 1: totals with E = 32; H/14's are the paper's own (section 3.2): 5.6 B, 675 M a token, routers < 0.5 M.
+# Totals with E = 32; H/14's are the paper's own (section 3.2): 5.6 B, 675 M a token, routers below 0.5 M.
 @pytest.mark.parametrize(
     ("name", "total", "per_token", "router"),
     [
@@ -26,9 +26,14 @@ CPU = torch.device("cpu")
         ("h14", 5553.8e6, 675.5e6, 491_520),
     ],
 )
-def test_presets_have_the_published_number_of_parameters(name: str, total: float, per_token: float, router: int) -> None:
+def test_presets_have_the_published_number_of_parameters(
+    name: str, total: float, per_token: float, router: int
+) -> None:
     run = preset(name)
-    sizes = {key: p.numel() for key, p in build_model(run, mesh=Mesh.single(), device=torch.device("meta")).named_parameters()}
+    sizes = {
+        key: p.numel()
+        for key, p in build_model(run, mesh=Mesh.single(), device=torch.device("meta")).named_parameters()
+    }
     experts = sum(size for key, size in sizes.items() if ".experts." in key)
     assert sum(sizes.values()) == pytest.approx(total, rel=1e-3)
     assert sum(sizes.values()) - experts + experts / 32 == pytest.approx(per_token, rel=2e-3)

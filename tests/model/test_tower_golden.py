@@ -99,7 +99,9 @@ def test_embeddings_losses_and_gradients_are_those_of_vmoe(case: str, moe_blocks
     torch.testing.assert_close(total, golden[f"{case}/total"], rtol=2e-6, atol=0)
     for number, record in enumerate(output.records.values()):
         for name, theirs in NAMES.items():
-            torch.testing.assert_close(record.losses[name], golden[f"{case}/aux{number}/{theirs}"], rtol=5e-6, atol=1e-6)
+            torch.testing.assert_close(
+                record.losses[name], golden[f"{case}/aux{number}/{theirs}"], rtol=5e-6, atol=1e-6
+            )
     for name, want in values(case, "grads", moe_blocks).items():
         error = (parameters[name].grad - want).abs().max() / want.abs().max()
         assert error < 2e-5, f"{name}: {error:.1e}"

@@ -1,4 +1,4 @@
-"""Any layout trains as one process does: losses, gradients, norm and weights, with dropped tokens and an idle expert."""
+"""Any layout trains as one process does: losses, gradients, norm, with dropped tokens and an idle expert."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def gradients(name: str, mesh: Mesh) -> tuple[float, float, dict[str, torch.Tens
 
 
 def compare_gradients(name: str, tp: int, ep: int) -> dict[str, float]:
-    """On a rank: the largest error of this layout against one process, relative to each parameter's largest gradient."""
+    """On a rank: this layout's error against one process, relative to each parameter's largest gradient."""
     mesh = Mesh.build(tp=tp, ep=ep)
     loss, norm, found, kept = gradients(name, mesh)
     want_loss, want_norm, want, want_kept = gradients(name, Mesh.single())

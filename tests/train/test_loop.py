@@ -71,7 +71,12 @@ def test_a_resumed_run_is_the_run_that_never_stopped(ranks2: RanksPool, tmp_path
         ours, theirs = (load_file(latest_checkpoint(out) / name) for out in (stopped, through))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     # What was consumed is on record, without a gap: 16 pairs a step.
-    assert [(line["first"], line["end"]) for line in lines(stopped, "positions.jsonl")] == [(0, 32), (32, 48), (48, 64), (64, 96)]
+    assert [(line["first"], line["end"]) for line in lines(stopped, "positions.jsonl")] == [
+        (0, 32),
+        (32, 48),
+        (48, 64),
+        (64, 96),
+    ]
     # Evaluated on the way at step 4, and at the end.
     assert [line["step"] for line in lines(through, "evaluations.jsonl")] == [4, 6]
     assert lines(through, "evaluations.jsonl")[0]["zeroshot"]["rows"] == 24
@@ -83,11 +88,15 @@ def test_metrics_tell_what_the_issue_of_a_run_needs(ranks2: RanksPool, tmp_path:
     line = lines(out)[-1]
     assert set(line["blocks"]) == {"1", "3"}
     block = line["blocks"]["1"]
-    assert {"success_image", "success_text", "entropy_image", "entropy_text", "experts_image", "importance"} <= set(block)
+    assert {"success_image", "success_text", "entropy_image", "entropy_text", "experts_image", "importance"} <= set(
+        block
+    )
     # 16 pairs with 16 image tokens each: what experts kept is what was asked for times the success rate.
     assert sum(image for image, _ in block["kept"]) == pytest.approx(256 * block["success_image"])
     assert 0 < block["success_image"] < 1
-    assert {"loss", "contrastive", "lr", "grad_norm", "temperature", "memory_bytes", "pairs_per_s", "aux_z"} <= set(line)
+    assert {"loss", "contrastive", "lr", "grad_norm", "temperature", "memory_bytes", "pairs_per_s", "aux_z"} <= set(
+        line
+    )
     assert line["loss"] == pytest.approx(line["contrastive"] + line["aux"])
     assert list((out / "tensorboard").iterdir())
     assert Run.model_validate_json((out / "run.json").read_text()) == run_on(data, steps=8)
