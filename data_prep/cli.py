@@ -45,8 +45,8 @@ class Pack:
     """Seed of the order in which rows of all sources are mixed."""
     max_image_mb: float = 20.0
     """Larger encoded pictures are rejected."""
-    max_megapixels: float = 50.0
-    """Pictures with more million pixels are rejected before they are decoded."""
+    max_megapixels: float = 32.0
+    """Pictures with more million pixels are rejected before they are decoded; training reads up to 33."""
     threads: int = 2
     """Pictures decoded at a time; the shards do not depend on it."""
     overwrite: bool = False

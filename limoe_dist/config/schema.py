@@ -173,7 +173,7 @@ class Train(Section):
     """Optimizer steps of the whole run."""
     batch_pairs: Count = 8192
     """Pairs of the global batch, over all ranks."""
-    seed: CountOrZero = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initial values, router noise, data order and augmentation."""
     dtype: Literal["auto", "fp32", "fp64", "bf16"] = "auto"
     """Arithmetic of the blocks; router and losses are at least fp32. auto: bf16 on a GPU, fp32 on a CPU."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from limoe_dist.checkpoint.storage import State, latest_checkpoint, load, read_s
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import fingerprint
 from limoe_dist.config.schema import Run
-from limoe_dist.data.loader import Loader
+from limoe_dist.data.loader import Batch, Loader
 from limoe_dist.model.tower import Limoe, build_model
 from limoe_dist.optim.adamw import AdamW
 from limoe_dist.parallel.collectives import raise_together
@@ -63,7 +64,7 @@ def train(
         with Loader(
             run, inputs.train, inputs.tokenizer, rank=mesh.rank, world=mesh.world.size, first_step=step, device=device
         ) as loader:
-            for batch in loader:
+            for batch in _together(loader, mesh, device):
                 window.add(training_step(model, optimizer, batch, run=run, mesh=mesh, device=device))
                 step = batch.step + 1
                 display.step(step)
@@ -94,6 +95,20 @@ def train(
         log.close()
         stop.close()
     return Outcome(step=step, signal=signal)
+
+
+def _together(loader: Loader, mesh: Mesh, device: torch.device) -> Iterator[Batch]:
+    """The loader's batches; where one rank's data fails, all ranks raise UserError instead of waiting for it."""
+    while True:
+        batch, problems = None, []
+        try:
+            batch = next(loader, None)
+        except UserError as error:
+            problems = [str(error)]
+        raise_together(problems, mesh.world, device)
+        if batch is None:
+            return
+        yield batch
 
 
 def _due(step: int, every: int) -> bool:

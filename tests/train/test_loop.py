@@ -191,6 +191,22 @@ def test_a_shard_whose_checksum_is_wrong_is_named_before_a_run_begins(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def bad_data_on_ranks(text: str, out: str) -> str:
+    try:
+        on_ranks(text, out, False, None)
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_too_many_bad_rows_on_one_rank_end_all_ranks(ranks2: RanksPool, tmp_path: Path) -> None:
+    manifest = write_shards(tmp_path / "shards", rows=64, pictures=dict.fromkeys(range(0, 64, 2), b"no picture"))
+    run = run_on(manifest, steps=400).model_copy(update={"data": Data(manifest=str(manifest))})
+    told = sorted(ranks2.run(bad_data_on_ranks, run.model_dump_json(), str(tmp_path / "run")))
+    assert any("rows read so far are bad, more than data.max_bad_frac=0.01" in text for text in told)
+    assert "trained" not in told
+
+
 def test_broken_pictures_and_empty_captions_are_replaced_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,183 @@
+"""Which curves a report shows: the losses and rates of training, and what each MoE block does with each modality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from limoe_dist.analysis.history import Column, History
+from limoe_dist.analysis.plots import Line, Panel, Reference, Tone
+from limoe_dist.config.schema import Run
+
+MODALITIES: tuple[Tone, Tone] = ("image", "text")
+# As in metrics.jsonl, with the setting that weighs each, and what it asks for.
+AUX_LOSSES = {
+    "importance": "experts get equal sums of gates",
+    "load": "experts get equally many tokens",
+    "z": "router logits stay small",
+    "local_image": "each image token is sure of its expert",
+    "local_text": "each text token is sure of its expert",
+    "global_image": "image tokens spread over experts",
+    "global_text": "text tokens spread over experts",
+}
+
+
+@dataclass(frozen=True)
+class Note:
+    """A panel and a line of text below it."""
+
+    panel: Panel
+    text: str = ""
+
+
+def training_panels(history: History, run: Run) -> list[Note]:
+    """Loss, accuracy in the batch, learning rate, gradient norm, temperature and speed over the steps."""
+    batch = run.train.batch_pairs
+    accuracy = Panel(
+        "Accuracy in the batch",
+        "%",
+        (
+            Line("image to text", history.steps, history.column("accuracy_image_to_text"), "image"),
+            Line("text to image", history.steps, history.column("accuracy_text_to_image"), "text"),
+        ),
+        (Reference(1 / batch, "chance"),),
+        low=0,
+    )
+    return [
+        Note(
+            _single(history, "Contrastive loss", "nats", "contrastive", Reference(math.log(batch), "chance")),
+            f"Chance is ln {batch:,} = {math.log(batch):.3g}: all pairs of the batch look alike.",
+        ),
+        *(
+            [Note(_single(history, "Auxiliary loss", "weighted sum", "aux"), "Added to the contrastive loss.")]
+            if run.moe.blocks
+            else []
+        ),
+        Note(accuracy, f"A pair is right where it is the nearest of the {batch:,} in its batch."),
+        Note(_single(history, "Learning rate", "", "lr", low=0)),
+        Note(
+            _single(history, "Gradient norm", "", "grad_norm", Reference(run.optim.clip_norm, "clipped above"), low=0),
+            "Before clipping.",
+        ),
+        Note(
+            _single(history, "Temperature", "T", "temperature"),
+            "Logits are cosine / T: the smaller, the sharper.",
+        ),
+        Note(_single(history, "Throughput", "pairs/s", "pairs_per_s", low=0), "Over all ranks."),
+    ]
+
+
+def success_panels(history: History) -> list[Note]:
+    """The share of each modality's tokens that got a slot in an expert, block by block, on one scale."""
+    columns = [history.column(f"blocks.{block}.success_{name}") for block in history.blocks for name in MODALITIES]
+    finite = np.concatenate([column[np.isfinite(column)] for column in columns] or [np.empty(0)])
+    lowest = float(finite.min()) if len(finite) else 0.0
+    low = max(0.0, math.floor(lowest * 20 - 0.5) / 20)
+    return [
+        Note(Panel(f"Block {block}", "%", _by_modality(history, block, "success"), low=low, high=1.0))
+        for block in history.blocks
+    ]
+
+
+def entropy_panels(history: History, run: Run) -> list[Note]:
+    """How undecided the router is, per token."""
+    even = math.log(run.moe.num_experts)
+    return [
+        Note(
+            Panel(
+                f"Block {block}",
+                "nats",
+                _by_modality(history, block, "entropy"),
+                (Reference(even, f"undecided (ln {run.moe.num_experts})"),),
+                low=0,
+                high=even * 1.06 or 1,
+            )
+        )
+        for block in history.blocks
+    ]
+
+
+def experts_panels(history: History, run: Run) -> list[Note]:
+    """How many experts a modality uses."""
+    return [
+        Note(
+            Panel(
+                f"Block {block}",
+                "experts",
+                _by_modality(history, block, "experts"),
+                low=0,
+                high=run.moe.num_experts,
+            )
+        )
+        for block in history.blocks
+    ]
+
+
+def aux_panels(history: History, run: Run) -> list[Note]:
+    """Each auxiliary loss without its weight, as the mean over the MoE blocks."""
+    notes = []
+    for name, purpose in AUX_LOSSES.items():
+        weight = getattr(run.moe, name)
+        tone: Tone = "image" if name.endswith("image") else "text" if name.endswith("text") else "one"
+        unit = "nats" if name.startswith(("local", "global")) else ""
+        panel = Panel(
+            name.replace("_", " ").capitalize(), unit, (Line(name, history.steps, history.column(f"aux_{name}"), tone),)
+        )
+        least = f" (at least {getattr(run.moe, f'min_{tone}_experts'):g})" if name.startswith("global") else ""
+        state = f"weight {weight:g}" if weight else "weight 0: only watched"
+        notes.append(Note(panel, f"{state}; small where {purpose}{least}."))
+    return notes
+
+
+def evaluation_panels(evaluations: History) -> list[Note]:
+    """Zero-shot and retrieval on the validation shards, with what guessing gives."""
+    notes = [
+        _shares(evaluations, "Zero-shot classification", "zeroshot.", ("top1", "top5"), ("top-1", "top-5"), "chance_"),
+    ]
+    for way in ("image_to_text", "text_to_image"):
+        names = tuple(f"{way}.recall_at_{count}" for count in (1, 5, 10))
+        notes.append(
+            _shares(
+                evaluations,
+                f"Retrieval, {way.replace('_', ' ')}",
+                "retrieval.",
+                names,
+                ("R@1", "R@5", "R@10"),
+                "chance_",
+            )
+        )
+    return [note for note in notes if any(np.isfinite(line.values).any() for line in note.panel.lines)]
+
+
+def _shares(
+    of: History, title: str, prefix: str, names: Sequence[str], shown: Sequence[str], chance_prefix: str
+) -> Note:
+    tones: tuple[Tone, ...] = ("one", "two", "three")
+    lines, references = [], []
+    for name, label, tone in zip(names, shown, tones, strict=False):
+        lines.append(Line(label, of.steps, of.column(prefix + name), tone))
+        chance = of.latest(prefix + chance_prefix + name)
+        if chance is not None:
+            references.append(f"{label} {100 * chance:.2f} %")
+    text = f"Chance: {', '.join(references)}." if references else ""
+    return Note(Panel(title, "%", tuple(lines), low=0), text)
+
+
+def _single(
+    history: History, title: str, unit: str, name: str, *references: Reference, low: float | None = None
+) -> Panel:
+    return Panel(title, unit, (Line(title.lower(), history.steps, history.column(name)),), references, low=low)
+
+
+def _by_modality(history: History, block: int, name: str) -> tuple[Line, ...]:
+    return tuple(
+        Line(modality, history.steps, _column(history, block, f"{name}_{modality}"), modality)
+        for modality in MODALITIES
+    )
+
+
+def _column(history: History, block: int, name: str) -> Column:
+    return history.column(f"blocks.{block}.{name}")
