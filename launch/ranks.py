@@ -19,7 +19,7 @@ def run_local(command: list[str], *, ranks: int, threads: int, grace_s: float) -
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The ranks say themselves what went wrong; the launcher's own account of it is no use to a reader.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     config = LaunchConfig(
         min_nodes=1,

@@ -98,11 +98,12 @@ def _schedule(run: Run) -> list[str]:
 def _layout(run: Run, world: int) -> list[str]:
     problems = []
     parallel, moe = run.parallel, run.moe
+    cut = {"tp": run.model.heads, "ep": moe.num_experts if moe.blocks else 1}
     for axis, size in (("tp", parallel.tp), ("ep", parallel.ep)):
         if world % size:
-            problems.append(
-                f"parallel.{axis}={size} must divide the number of ranks, {world}: use {_choices(divisors(world))}"
-            )
+            # Only what will pass the other rules too is worth naming.
+            fitting = [d for d in divisors(world) if cut[axis] % d == 0]
+            problems.append(f"parallel.{axis}={size} must divide the number of ranks, {world}: use {_choices(fitting)}")
     if moe.blocks and moe.num_experts % parallel.ep:
         problems.append(
             f"parallel.ep={parallel.ep} must divide moe.num_experts={moe.num_experts}: "
