@@ -61,29 +61,18 @@ def _paper(name: str) -> Run:
     )
 
 
-def _emoji(name: str, *, steps: int, width: int, depth: int, heads: int, patch: int, size: int) -> Run:
-    """Presets for the demo data on two CPU cores; see docs/measured/ for what was tried."""
-    experts = 8
+def _emoji(name: str, *, steps: int, width: int, depth: int, patch: int, augment: Image) -> Run:
+    """Presets for the demo data on two CPU cores; docs/measured/presets.json tells what was tried."""
     blocks = _odd(depth)
     return Run(
         preset=name,
-        model=Model(width=width, depth=depth, heads=heads, mlp_dim=4 * width, embed_dim=width, init_temperature=0.07),
-        image=Image(
-            size=size,
-            patch=patch,
-            mean=255.0,
-            rotate_degrees=10.0,
-            scale=0.15,
-            translate=0.06,
-            brightness=0.15,
-            contrast=0.15,
-            saturation=0.3,
-            hue_degrees=10.0,
-        ),
+        model=Model(width=width, depth=depth, heads=4, mlp_dim=4 * width, embed_dim=width, init_temperature=0.07),
+        # The art stands on white, which becomes 0.
+        image=augment.model_copy(update={"size": 48, "patch": patch, "mean": 255.0}),
         text=Text(length=16, vocab_size=2000, pad="masked"),
         moe=Moe(
             blocks=blocks,
-            num_experts=experts,
+            num_experts=8,
             group_pairs=32,
             capacity_factor=1.0,
             # 0.04 on each of the five losses, averaged over the MoE blocks, and 0.001 on the z-loss.
@@ -92,7 +81,7 @@ def _emoji(name: str, *, steps: int, width: int, depth: int, heads: int, patch: 
             min_image_experts=5.0,
             min_text_experts=3.0,
         ),
-        optim=Optim(lr=2e-3, weight_decay=0.05, warmup_steps=100, timescale=steps, cooldown_steps=steps // 2),
+        optim=Optim(lr=1e-3, weight_decay=0.05, warmup_steps=100, timescale=steps, cooldown_steps=steps // 2),
         train=Train(steps=steps, batch_pairs=128),
         eval=Eval(batch_pairs=64, classes="trained"),
         checkpoint=Checkpoint(every_steps=200),
@@ -100,12 +89,25 @@ def _emoji(name: str, *, steps: int, width: int, depth: int, heads: int, patch: 
     )
 
 
+_MILD = Image(
+    rotate_degrees=10.0,
+    scale=0.15,
+    translate=0.06,
+    brightness=0.15,
+    contrast=0.15,
+    saturation=0.3,
+    hue_degrees=10.0,
+)
+# For many epochs of few pictures.
+_STRONG = _MILD.model_copy(update={"flip": 0.5, "scale": 0.2, "translate": 0.08, "hue_degrees": 15.0})
+
+
 def _tiny() -> Run:
-    return _emoji("tiny", steps=900, width=96, depth=4, heads=4, patch=12, size=48)
+    return _emoji("tiny", steps=1200, width=96, depth=4, patch=12, augment=_MILD)
 
 
 def _small() -> Run:
-    return _emoji("small", steps=3000, width=128, depth=6, heads=4, patch=8, size=48)
+    return _emoji("small", steps=2800, width=128, depth=6, patch=8, augment=_STRONG)
 
 
 _BASE: dict[str, tuple[str, Callable[[], Run]]] = {

@@ -7,7 +7,7 @@ from limoe_dist.config.rules import ConfigError, check, divisors
 from tests.config.settings import changed
 
 # Changes to `tiny` (width 96, 4 heads, depth 4, MLP 384, 8 experts in blocks 1 and 3, groups of 32 pairs, batch 128,
-# 900 steps, pictures of 48 with patch 12), the number of ranks, and what must be said about them.
+# 1200 steps, pictures of 48 with patch 12), the number of ranks, and what must be said about them.
 BROKEN = {
     "heads must divide width": (
         {"model.heads": 5},
@@ -67,7 +67,7 @@ BROKEN = {
     "a schedule longer than the run": (
         {"train.steps": 500},
         None,
-        "optim.warmup_steps=100 and optim.cooldown_steps=450 must fit into train.steps=500: "
+        "optim.warmup_steps=100 and optim.cooldown_steps=600 must fit into train.steps=500: "
         "use at most 50 and 250, or more steps",
     ),
     "tp must divide the ranks": (
