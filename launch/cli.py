@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]))
     except UserError as error:
         rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
-        # What all ranks found together is told once.
-        if rank == "0" or not error.shared:
+        # What all ranks raise together is told once.
+        if error.told_by is None or str(error.told_by) == rank:
             for line in str(error).splitlines():
                 print(f"limoe: error: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr)
         return 2

@@ -202,11 +202,11 @@ def _evaluate(options: Options, inputs: Inputs) -> None:
 
 
 def _loaded(options: Options, run: Run, data: str, mesh: Mesh, device: torch.device, progress: Progress) -> Subject:
-    from limoe_dist.checkpoint.storage import load_weights, read_state
+    from limoe_dist.checkpoint.storage import agreed_checkpoint, load_weights, read_state
     from limoe_dist.data.arrow import ShardSet
     from limoe_dist.model.tower import build_model
 
-    checkpoint = _agreed_checkpoint(options, mesh, device)
+    checkpoint = agreed_checkpoint(Path(options.run), mesh, device, options.checkpoint)
     model = build_model(run, mesh=mesh, device=device)
     load_weights(checkpoint, model, mesh)
     tokenizer = _open_tokenizer(run, checkpoint)
@@ -250,18 +250,6 @@ def _laid_out(run: Run, world: int) -> Run:
     return _with(run, "parallel", tp=math.gcd(run.parallel.tp, world), ep=math.gcd(run.parallel.ep, world))
 
 
-def _agreed_checkpoint(options: Options, mesh: Mesh, device: torch.device) -> Path:
-    """The same on every rank, also where training saves a new one at this moment."""
-    import torch
-
-    from limoe_dist.checkpoint.storage import latest_checkpoint, read_state
-    from limoe_dist.parallel.collectives import max_over
-
-    folder = Path(options.run)
-    mine = read_state(latest_checkpoint(folder, options.checkpoint)).step
-    return latest_checkpoint(folder, int(max_over(torch.tensor(mine, device=device), mesh.world)))
-
-
 def _open_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
     """The vocabulary that the checkpoint was trained with. Raises UserError for another one."""
     from limoe_dist.checkpoint.storage import read_state
@@ -277,7 +265,7 @@ def _open_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
             raise UserError(
                 f"the run's tokenizer is beside its training manifest, and {path} is not there: "
                 "give --tokenizer FILE, the SentencePiece model that the run was trained with",
-                shared=True,
+                told_by=0,
             )
         tokenizer = open_tokenizer(run, load_manifest(path), path.parent)
     found, expected = sha256_of(tokenizer.path), read_state(checkpoint).tokenizer
@@ -285,7 +273,7 @@ def _open_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
         raise UserError(
             f"tokenizer {tokenizer.path}: sha256 is {found[:12]}..., but {checkpoint} was trained with "
             f"{expected[:12]}...: the same text would be other tokens; give --tokenizer FILE, the run's own",
-            shared=True,
+            told_by=0,
         )
     return tokenizer
 

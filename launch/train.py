@@ -14,7 +14,7 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import load_run, preset_named
 from limoe_dist.config.presets import names
 from limoe_dist.config.rules import check
-from limoe_dist.config.schema import Run
+from limoe_dist.config.schema import CountOrZero, Data, Run
 from limoe_dist.data.manifest import load_manifest
 
 USAGE = """\
@@ -30,7 +30,7 @@ presets:
 Ctrl-C and SIGTERM save a checkpoint and end; `--resume RUN` goes on from there. --ranks waits train.stop_grace_s
 seconds for that save. Under torchrun, whose own limit is 30 s, pass `--shutdown-timeout 120` to torchrun.
 
-exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 or 143 stopped by Ctrl-C or SIGTERM, saved"""
+exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 or 143 saved after Ctrl-C or SIGTERM"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TrainCommand:
     """Directory of a run to go on with, in place of a preset, --data and --out."""
     ranks: int = field(default=1)
     """Ranks to start on this machine; under torchrun, Slurm or MPI the launcher decides."""
-    stop_after: int = 0
+    stop_after: CountOrZero = 0
     """End with a checkpoint after this optimizer step; 0: train to train.steps."""
 
 
@@ -71,12 +71,10 @@ def main(argv: list[str]) -> int:
     if problems:
         raise UserError("\n".join(problems))
     if alone and command.ranks > 1:
-        from launch.ranks import run_local
-
-        return run_local(
-            ["train", *argv], ranks=command.ranks, threads=run.parallel.threads, grace_s=run.train.stop_grace_s
-        )
-    return _train(run, out, resume=resume, stop_after=command.stop_after or None, launched=not alone)
+        return _start_ranks(argv, run, out, ranks=command.ranks, stop_after=command.stop_after)
+    # torchrun takes a worker's status other than 0 for a fault and would say so at length.
+    quiet = place.found_by == "torchrun"
+    return _train(run, out, resume=resume, stop_after=command.stop_after or None, quiet=quiet)
 
 
 def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
@@ -97,7 +95,10 @@ def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
     run = command.run
     if resumed is not None:
         if command.out or command.data:
-            raise UserError("--resume RUN keeps the run's own --out and --data: leave them out")
+            raise UserError(
+                "--resume RUN keeps the run's own --out and --data: leave them out; "
+                "where the data has moved, give --data.manifest"
+            )
         return command, run
     if command.data and run.data.manifest and command.data != run.data.manifest:
         raise UserError(f"--data {command.data} and --data.manifest {run.data.manifest} differ: give one of them")
@@ -105,9 +106,33 @@ def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
         raise UserError("--data is missing: the manifest.json that `limoe prep pack` wrote")
     if not command.out:
         raise UserError("--out is missing: a new directory for the run")
-    if command.data:
-        run = run.model_copy(update={"data": run.data.model_copy(update={"manifest": command.data})})
-    return command, run
+    return command, run.model_copy(update={"data": _absolute(run.data, command.data)})
+
+
+def _absolute(data: Data, manifest: str) -> Data:
+    """Paths that mean the same when the run goes on from another directory."""
+    paths = {"manifest": manifest or data.manifest, "validation": data.validation, "tokenizer": data.tokenizer}
+    return data.model_copy(update={name: str(Path(path).absolute()) for name, path in paths.items() if path})
+
+
+def _start_ranks(argv: list[str], run: Run, out: Path, *, ranks: int, stop_after: int) -> int:
+    """The same command on ranks of this machine; its status tells how the run ended, not only how the ranks did."""
+    from launch.ranks import run_local
+    from limoe_dist.train.folder import ENDED, read_end
+
+    (out / ENDED).unlink(missing_ok=True)
+    status = run_local(["train", *argv], ranks=ranks, threads=run.parallel.threads, grace_s=run.train.stop_grace_s)
+    ended = read_end(out)
+    if ended is not None and ended.signal:
+        return 128 + ended.signal
+    if ended is None and status > 128:
+        print(
+            "limoe: error: the ranks were ended before they had saved; the newest checkpoint, if any, stands "
+            f"(train.stop_grace_s={run.train.stop_grace_s:g} is how long a save may take after a signal)",
+            file=sys.stderr,
+        )
+        return 1
+    return status
 
 
 def _value_of(option: str, argv: list[str]) -> str | None:
@@ -119,7 +144,7 @@ def _value_of(option: str, argv: list[str]) -> str | None:
     return None
 
 
-def _train(run: Run, out: Path, *, resume: bool, stop_after: int | None, launched: bool) -> int:
+def _train(run: Run, out: Path, *, resume: bool, stop_after: int | None, quiet: bool) -> int:
     from limoe_dist.parallel.bootstrap import start
     from limoe_dist.train.loop import train
 
@@ -134,5 +159,4 @@ def _train(run: Run, out: Path, *, resume: bool, stop_after: int | None, launche
                 + (f" --ranks {mesh.world.size}" if mesh.world.size > 1 else "")
             )
             sys.stdout.flush()
-    # A launcher that sent the signal has its own status for it; a worker that saved has not failed.
-    return 128 + outcome.signal if outcome.signal and not launched else 0
+    return 128 + outcome.signal if outcome.signal and not quiet else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,15 +13,15 @@ from limoe_dist.analysis.plots import Line, Panel, Reference, Tone
 from limoe_dist.config.schema import Run
 
 MODALITIES: tuple[Tone, Tone] = ("image", "text")
-# As in metrics.jsonl, with the setting that weighs each, and what it asks for.
+# As in metrics.jsonl and in the settings of moe, with a title, and when each is small.
 AUX_LOSSES = {
-    "importance": "experts get equal sums of gates",
-    "load": "experts get equally many tokens",
-    "z": "router logits stay small",
-    "local_image": "each image token is sure of its expert",
-    "local_text": "each text token is sure of its expert",
-    "global_image": "image tokens spread over experts",
-    "global_text": "text tokens spread over experts",
+    "importance": ("Importance", "experts get equal sums of gates"),
+    "load": ("Load", "experts get equally many tokens"),
+    "z": ("Router z-loss", "router logits stay small"),
+    "local_image": ("Local entropy, image", "each image token is sure of its expert"),
+    "local_text": ("Local entropy, text", "each text token is sure of its expert"),
+    "global_image": ("Global entropy, image", "image tokens spread over at least {:g} experts"),
+    "global_text": ("Global entropy, text", "text tokens spread over at least {:g} experts"),
 }
 
 
@@ -58,16 +58,25 @@ def training_panels(history: History, run: Run) -> list[Note]:
         ),
         Note(accuracy, f"A pair is right where it is the nearest of the {batch:,} in its batch."),
         Note(_single(history, "Learning rate", "", "lr", low=0)),
-        Note(
-            _single(history, "Gradient norm", "", "grad_norm", Reference(run.optim.clip_norm, "clipped above"), low=0),
-            "Before clipping.",
-        ),
+        _gradient_norm(history, run),
         Note(
             _single(history, "Temperature", "T", "temperature"),
             "Logits are cosine / T: the smaller, the sharper.",
         ),
         Note(_single(history, "Throughput", "pairs/s", "pairs_per_s", low=0), "Over all ranks."),
     ]
+
+
+def _gradient_norm(history: History, run: Run) -> Note:
+    column = history.column("grad_norm")
+    good = column[np.isfinite(column)]
+    # One step that exploded would press all others to the floor.
+    spiky = bool(len(good) >= 20 and good.min() > 0 and good.max() > 10 * np.median(good))
+    reference = Reference(run.optim.clip_norm, "clipped above")
+    panel = _single(history, "Gradient norm", "", "grad_norm", reference, low=None if spiky else 0)
+    if spiky:
+        return Note(replace(panel, scale="log"), "Before clipping; log scale.")
+    return Note(panel, "Before clipping.")
 
 
 def success_panels(history: History) -> list[Note]:
@@ -119,16 +128,15 @@ def experts_panels(history: History, run: Run) -> list[Note]:
 def aux_panels(history: History, run: Run) -> list[Note]:
     """Each auxiliary loss without its weight, as the mean over the MoE blocks."""
     notes = []
-    for name, purpose in AUX_LOSSES.items():
+    for name, (title, purpose) in AUX_LOSSES.items():
         weight = getattr(run.moe, name)
         tone: Tone = "image" if name.endswith("image") else "text" if name.endswith("text") else "one"
         unit = "nats" if name.startswith(("local", "global")) else ""
-        panel = Panel(
-            name.replace("_", " ").capitalize(), unit, (Line(name, history.steps, history.column(f"aux_{name}"), tone),)
-        )
-        least = f" (at least {getattr(run.moe, f'min_{tone}_experts'):g})" if name.startswith("global") else ""
-        state = f"weight {weight:g}" if weight else "weight 0: only watched"
-        notes.append(Note(panel, f"{state}; small where {purpose}{least}."))
+        line = Line(title.lower(), history.steps, history.column(f"aux_{name}"), tone)
+        wanted = purpose.format(getattr(run.moe, f"min_{tone}_experts")) if name.startswith("global") else purpose
+        state = f"Weight {weight:g}" if weight else "Weight 0, only watched"
+        panel = Panel(title, unit, (line,), low=None if name == "z" else 0)
+        notes.append(Note(panel, f"{state}; small where {wanted}."))
     return notes
 
 

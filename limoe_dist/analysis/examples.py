@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from limoe_dist.analysis.evaluated import Figure
 from limoe_dist.analysis.thumbnails import thumbnail
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.tokenizer import normalised
@@ -61,14 +62,6 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Figure:
-    name: str
-    value: float
-    chance: float | None
-    """Shares, 0 to 1."""
-
-
-@dataclass(frozen=True)
 class Examples:
     step: int
     """Of the checkpoint that searched."""
@@ -77,8 +70,11 @@ class Examples:
     role: str
     """What the manifest is to the run."""
     rows: int
+    """Pictures that were searched; damaged ones and those without a caption are not."""
+    rows_read: int
+    """The first so many rows of the manifest were read ..."""
     rows_of: int
-    """Pictures that were searched, of so many in the manifest."""
+    """... of so many."""
     texts: int
     figures: tuple[Figure, ...]
     shown: tuple[Example, ...]

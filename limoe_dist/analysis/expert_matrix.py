@@ -33,6 +33,15 @@ class BlockMatrix:
     block: int
     experts: tuple[Expert, ...]
 
+    @property
+    def most_of_images_frac(self) -> float:
+        """The largest share of the modality's tokens that one expert has; 1 where there are none, to divide by."""
+        return max(expert.of_images_frac for expert in self.experts) or 1.0
+
+    @property
+    def most_of_texts_frac(self) -> float:
+        return max(expert.of_texts_frac for expert in self.experts) or 1.0
+
     def count(self, kind: Kind) -> int:
         return sum(expert.kind == kind for expert in self.experts)
 

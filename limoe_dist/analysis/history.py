@@ -107,9 +107,9 @@ def _parsed(text: str) -> dict[str, Any] | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int) or not 0 <= line["step"] < 1 << 53:
-        return None
-    return line
+    step = line.get("step") if isinstance(line, dict) else None
+    # true is an int to Python.
+    return line if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 1 << 53 else None
 
 
 def _numbers(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

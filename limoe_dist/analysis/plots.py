@@ -1,11 +1,11 @@
-"""Curves as SVG that can stand in a page: no file, no font and no script of its own, and ids that clash with no other."""
+"""Curves as SVG to stand in a page: no file, no font and no script of its own, and ids that clash with no other."""
 
 from __future__ import annotations
 
 import io
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from limoe_dist.analysis.history import Column
-from limoe_dist.analysis.thin import thin
+from limoe_dist.analysis.thin import MOST_POINTS, thin
 
 INK, QUIET = "#1c2733", "#5a6672"
 # Told apart by people who do not see all colours, and at least 4.5 : 1 against white but for the text colour's 4.0.
@@ -25,7 +25,7 @@ SIZE_INCHES = (4.2, 2.45)
 _MARKED_POINTS = 30
 """Up to so many points are drawn as dots, too: a curve of one or two points would else be hard to see."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "limoe",
     "font.family": "sans-serif",
@@ -75,7 +75,9 @@ class Panel:
     references: tuple[Reference, ...] = ()
     low: float | None = None
     high: float | None = None
-    """Fixed ends of the vertical axis, so that panels beside one another can be compared."""
+    """Ends of the vertical axis, so that panels beside one another can be compared."""
+    scale: Literal["linear", "log"] = "linear"
+    """log: for values above 0 of which a few are far above the others."""
 
 
 def svg(panel: Panel, *, prefix: str) -> str:
@@ -140,32 +142,52 @@ def _finite(line: Line) -> tuple[Column, Column]:
 
 def _draw(axes: Axes, line: Line) -> None:
     steps, values = thin(*_finite(line))
+    # A curve of hundreds of points is a band: a thinner line keeps its inside open.
+    width = 0.8 if len(steps) > MOST_POINTS // 2 else 1.3
     marker = "o" if len(steps) <= _MARKED_POINTS else ""
     axes.plot(
         steps,
         values,
         color=COLOURS[line.tone],
-        linewidth=1.3,
+        linewidth=width,
         marker=marker,
         markersize=3,
         label=line.name,
         solid_joinstyle="round",
+        # A line along the edge of the panel, at 100 % or at 0, is seen whole.
+        clip_on=False,
     )
 
 
 def _scale(axes: Axes, panel: Panel) -> None:
-    axes.set_ylim(bottom=panel.low, top=panel.high)
+    if panel.scale == "log":
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(*_ends(axes, panel))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=panel.unit == "experts"))
     axes.set_xlabel("step")
     axes.set_ylabel("" if panel.unit == "%" else panel.unit)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=panel.unit == "experts"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    if panel.unit == "%":
-        low, high = axes.get_ylim()
-        digits = 0 if high - low > 0.05 else 1 if high - low > 0.005 else 2
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}f} %"))
-    else:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    share = panel.unit == "%"
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{_short(100 * value)} %" if share else _short(value))
+    )
+
+
+def _ends(axes: Axes, panel: Panel) -> tuple[float, float]:
+    """Of the vertical axis: the panel's, made wider where a value lies outside, with room above where it names none."""
+    levels = [reference.value for reference in panel.references]
+    values = np.concatenate([_finite(line)[1] for line in panel.lines] + [np.array(levels)])
+    if not len(values):
+        return panel.low or 0.0, panel.high or 1.0
+    bottom, top = axes.get_ylim()
+    if panel.low is not None:
+        bottom = min(panel.low, float(values.min()))
+        top = float(values.max()) + 0.06 * (float(values.max()) - bottom)
+    if panel.high is not None:
+        top = max(panel.high, float(values.max()))
+    return bottom, top if top > bottom else bottom + 1
 
 
 def _short(value: float) -> str:
@@ -177,16 +199,17 @@ def _short(value: float) -> str:
 
 
 def _inline(text: str, words: str, prefix: str) -> str:
-    """The <svg> element alone, with an accessible name, without size, metadata, style sheet, or ids that nobody uses."""
+    """The <svg> element alone, with an accessible name; without size, metadata, style sheet and unused ids."""
     text = text[text.index("<svg") :].strip()
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|<defs>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"<defs>\s*</defs>", "", text)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r'\sid="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     # The page's own font: its names would take a third of the file.
     text = re.sub(r" font-family: [^;]*;", "", text)
-    text = re.sub(r"(\d\.\d)\d+", r"\1", text)
+    # Tenths of a point are enough for coordinates; what stands between the tags are the labels.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d)\d+", r"\1", tag[0]), text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = text.replace("<svg", f'<svg role="img" aria-label="{escape(words)}"', 1)

@@ -4,7 +4,7 @@ step-00000900/
   rank-00000.safetensors    the parts of logical tensors that rank 0 writes
   rank-00000.json           what they are: logical name, logical shape, where each part begins
   ...
-  state.json                step, position in the data, fingerprint, versions
+  state.json                step, position in the data, settings, versions
   manifest.json             every file with its checksum, written last
 """
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from limoe_dist.checkpoint.manifest import (
 )
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import parse_model
-from limoe_dist.parallel.collectives import raise_together
+from limoe_dist.parallel.collectives import all_or_none, max_over
 from limoe_dist.parallel.mesh import Mesh
 
 
@@ -46,8 +46,8 @@ class State(BaseModel):
     """Optimizer steps that were done."""
     position: int = Field(ge=0)
     """Pairs of the data order that were consumed: the whole state of the input pipeline."""
-    fingerprint: str
-    """Of the settings that decide results; see config.parse.fingerprint."""
+    settings: dict[str, Any]
+    """Those that decide results, by dotted name; see config.parse.decisive."""
     data: str
     """Hash of the training shards' checksums."""
     tokenizer: str
@@ -61,9 +61,9 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
-    size: tuple[int, ...]
+    shape: tuple[NonNegativeInt, ...]
+    start: tuple[NonNegativeInt, ...]
+    size: tuple[NonNegativeInt, ...]
 
 
 _PARTS = TypeAdapter(tuple[Part, ...])
@@ -79,44 +79,56 @@ def save(run_dir: Path, state: State, shards: dict[str, Shard], mesh: Mesh, *, k
     Every rank writes its own parts; the manifest comes after all of them. A directory that a killed save left behind is
     not a checkpoint and is replaced. Returns the directory.
     """
-    folder = checkpoint_folder(run_dir, state.step)
-    if mesh.rank == 0:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    _barrier(mesh)
-    mine = {name: shard for name, shard in shards.items() if shard.writes}
-    tensors = folder / f"rank-{mesh.rank:05d}.safetensors"
-    save_file({name: shard.tensor.contiguous().cpu() for name, shard in mine.items()}, tensors)
-    parts = [
-        Part(name=name, shape=shard.shape, start=shard.start, size=tuple(shard.tensor.shape))
-        for name, shard in mine.items()
-    ]
-    index = tensors.with_suffix(".json")
-    index.write_bytes(_PARTS.dump_json(tuple(parts)))
-    sync(tensors)
-    sync(index)
-    _barrier(mesh)
-    if mesh.rank == 0:
-        (folder / "state.json").write_text(state.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        sync(folder / "state.json")
-        files = tuple(describe(path) for path in sorted(folder.iterdir()))
-        write_manifest(folder, CheckpointManifest(step=state.step, files=files))
-        _remove_old(run_dir, keep)
-    _barrier(mesh)
+    folder, device = checkpoint_folder(run_dir, state.step), _device_of(shards)
+    with all_or_none(mesh.world, device):
+        if mesh.rank == 0:
+            _remove(folder)
+            folder.mkdir(parents=True)
+    with all_or_none(mesh.world, device):
+        _write_parts(folder / f"rank-{mesh.rank:05d}.safetensors", shards)
+    with all_or_none(mesh.world, device):
+        if mesh.rank == 0:
+            (folder / "state.json").write_text(state.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            sync(folder / "state.json")
+            files = tuple(describe(path) for path in sorted(folder.iterdir()))
+            write_manifest(folder, CheckpointManifest(step=state.step, files=files))
+            _remove_old(run_dir, keep)
     return folder
 
 
-def _barrier(mesh: Mesh) -> None:
-    if mesh.world.group is not None:
-        dist.barrier(group=mesh.world.group)
+def _device_of(shards: dict[str, Shard]) -> torch.device:
+    return next((shard.tensor.device for shard in shards.values()), torch.device("cpu"))
+
+
+def _write_parts(tensors: Path, shards: dict[str, Shard]) -> None:
+    """The parts that this rank writes, and beside them what they are."""
+    mine = {name: shard for name, shard in shards.items() if shard.writes}
+    try:
+        save_file({name: shard.tensor.contiguous().cpu() for name, shard in mine.items()}, tensors)
+    except SafetensorError as error:
+        raise UserError(f"{tensors}: cannot be written: {error}") from None
+    parts = tuple(
+        Part(name=name, shape=shard.shape, start=shard.start, size=tuple(shard.tensor.shape))
+        for name, shard in mine.items()
+    )
+    index = tensors.with_suffix(".json")
+    index.write_bytes(_PARTS.dump_json(parts))
+    sync(tensors)
+    sync(index)
+
+
+def _remove(folder: Path) -> None:
+    """Without its manifest it is no checkpoint any more, should we be killed between the files."""
+    (folder / NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_old(run_dir: Path, keep: int) -> None:
-    for old in checkpoints(run_dir)[:-keep]:
-        # Without its manifest it is no checkpoint any more, should we be killed between the files.
-        (old / NAME).unlink()
-        shutil.rmtree(old)
+    """Whole checkpoints before the last `keep`, and what killed saves left behind."""
+    kept = checkpoints(run_dir)[-keep:]
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        if folder not in kept:
+            _remove(folder)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -134,6 +146,12 @@ def latest_checkpoint(run_dir: Path, step: int | None = None) -> Path:
         which = "no whole checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{run_dir}: {which} (steps there: {have})")
     return whole[-1]
+
+
+def agreed_checkpoint(run_dir: Path, mesh: Mesh, device: torch.device, step: int | None = None) -> Path:
+    """The same on every rank, also where another process saves a new one at this moment. A collective."""
+    mine = int(latest_checkpoint(run_dir, step).name.removeprefix("step-"))
+    return latest_checkpoint(run_dir, int(max_over(torch.tensor(mine, device=device), mesh.world).item()))
 
 
 def read_state(checkpoint: Path) -> State:
@@ -155,20 +173,28 @@ class Reader:
     def __init__(self, checkpoint: Path, mesh: Mesh, device: torch.device) -> None:
         self.checkpoint = checkpoint
         manifest = read_manifest(checkpoint)
-        problems = verify(checkpoint, manifest.files[mesh.rank :: mesh.world.size])
-        raise_together([f"{checkpoint} is damaged: {problem}" for problem in problems], mesh.world, device)
         self._stored: dict[str, list[_Stored]] = {}
-        for file in manifest.files:
-            if file.name.startswith("rank-") and file.name.endswith(".json"):
-                self._add(checkpoint / file.name)
+        with all_or_none(mesh.world, device):
+            problems = verify(checkpoint, manifest.files[mesh.rank :: mesh.world.size])
+            if problems:
+                raise UserError(
+                    f"{checkpoint} is damaged: {problems[0]}; remove that directory to go on from an older checkpoint"
+                )
+            verified = {file.name for file in manifest.files}
+            for name in sorted(verified):
+                if name.startswith("rank-") and name.endswith(".json"):
+                    self._add(checkpoint / name, verified)
 
-    def _add(self, index: Path) -> None:
+    def _add(self, index: Path, verified: set[str]) -> None:
+        tensors = index.with_suffix(".safetensors")
+        if tensors.name not in verified:
+            raise UserError(f"{tensors}: is not in the manifest, so its checksum is not known")
         try:
             parts = _PARTS.validate_json(index.read_bytes())
         except ValidationError as error:
             raise UserError(f"{index}: not the index of a checkpoint: {error.errors()[0]['msg']}") from None
         for part in parts:
-            self._stored.setdefault(part.name, []).append(_Stored(index.with_suffix(".safetensors"), part))
+            self._stored.setdefault(part.name, []).append(_Stored(tensors, part))
 
     @property
     def names(self) -> set[str]:
@@ -212,10 +238,9 @@ def _slice(stored: _Stored, low: list[int], high: list[int]) -> Tensor:
 def load(checkpoint: Path, shards: dict[str, Shard], mesh: Mesh) -> None:
     """Fills this rank's shards, in place, from a checkpoint of any layout. A collective.
 
-    Raises UserError where a file was changed, or the checkpoint belongs to another model: then nothing was filled.
+    Raises UserError where a file was changed, or the checkpoint belongs to another model, before anything is filled.
     """
-    device = next((shard.tensor.device for shard in shards.values()), torch.device("cpu"))
-    reader = Reader(checkpoint, mesh, device)
+    reader = Reader(checkpoint, mesh, _device_of(shards))
     wanted = {name.split("/")[0] for name in shards}
     stored = {name for name in reader.names if name.split("/")[0] in wanted}
     problems = [f"has no tensor {name}" for name in sorted(set(shards) - stored)]

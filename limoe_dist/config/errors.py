@@ -9,12 +9,12 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Names the setting or file, its value, the rule and the fix; shown without a traceback.
 
-    shared: all ranks raise it together, so one of them is enough to show it.
+    told_by: where all ranks raise together, the rank that shows it; None: whoever raises it shows it.
     """
 
-    def __init__(self, text: str, *, shared: bool = False) -> None:
+    def __init__(self, text: str, *, told_by: int | None = None) -> None:
         super().__init__(text)
-        self.shared = shared
+        self.told_by = told_by
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

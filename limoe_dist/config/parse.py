@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -68,7 +67,10 @@ def known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
 def write_atomically(path: Path, text: str) -> None:
     """Writes beside the path and renames, so that a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -83,6 +85,15 @@ def decisive(run: Run) -> dict[str, Any]:
     return {f"{section}.{name}": value for section, fields in content.items() for name, value in fields.items()}
 
 
-def fingerprint(run: Run) -> str:
-    """A short hash of the decisive settings; training data and vocabulary have checksums of their own."""
-    return hashlib.sha256(json.dumps(decisive(run), sort_keys=True).encode()).hexdigest()[:16]
+def changed_settings(before: dict[str, Any], run: Run, place: Path) -> list[str]:
+    """One sentence for each decisive setting that differs from those in `place`.
+
+    A setting that is unknown there came with a later version, and must have its default.
+    """
+    defaults = decisive(Run())
+    return [
+        f"{name}={value!r}, but {place} has {before.get(name, defaults[name])!r}: "
+        "a resumed run keeps what decides its results"
+        for name, value in decisive(run).items()
+        if before.get(name, defaults[name]) != value
+    ]

@@ -75,7 +75,7 @@ def _emoji(name: str, *, steps: int, width: int, depth: int, patch: int, augment
             num_experts=8,
             group_pairs=32,
             capacity_factor=1.0,
-            # 0.04 on each of the five losses, averaged over the MoE blocks, and 0.001 on the z-loss.
+            # 0.04 on four losses and 0.001 on the z-loss, averaged over the MoE blocks; the mean is over all five.
             aux_weight=0.04 * 5 / len(blocks),
             z=0.025,
             min_image_experts=5.0,

@@ -96,6 +96,8 @@ def _schedule(run: Run) -> list[str]:
 
 
 def _layout(run: Run, world: int) -> list[str]:
+    if world < 1:
+        return [f"{world} ranks cannot train: use 1 or more"]
     problems = []
     parallel, moe = run.parallel, run.moe
     cut = {"tp": run.model.heads, "ep": moe.num_experts if moe.blocks else 1}

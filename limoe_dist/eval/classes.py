@@ -36,7 +36,7 @@ def classes_of_concepts(concepts: Iterable[str], *, place: str) -> list[ClassNam
     if not first_seen:
         raise UserError(
             f'{place}: no row has a concept, so there are no classes: fill the column "concept" when packing',
-            shared=True,
+            told_by=0,
         )
     return [(first_seen[name],) for name in sorted(first_seen)]
 
@@ -99,17 +99,17 @@ def true_classes(concepts: Sequence[str], classes: Sequence[ClassNames], *, plac
         raise UserError(
             f'{place}: concept "{lost[0]}"{more} is in none of the {len(classes)} classes{nearest(lost[0], known)}: '
             'add it to the class file, as a line or as a further name after ","',
-            shared=True,
+            told_by=0,
         )
     if all(number == NO_CLASS for number in numbers):
-        raise UserError(f'{place}: no row has a concept: fill the column "concept" when packing', shared=True)
+        raise UserError(f'{place}: no row has a concept: fill the column "concept" when packing', told_by=0)
     return numbers
 
 
 def check_templates(templates: Sequence[str]) -> None:
     """Raises UserError for no template, and for one without the place for the class name."""
     if not templates:
-        raise UserError('eval.templates is empty: give at least one, for example "a photo of a {}"', shared=True)
+        raise UserError('eval.templates is empty: give at least one, for example "a photo of a {}"', told_by=0)
     for template in templates:
         if "{}" not in template:
-            raise UserError(f'eval.templates: "{template}" must hold {{}} where the class name goes', shared=True)
+            raise UserError(f'eval.templates: "{template}" must hold {{}} where the class name goes', told_by=0)

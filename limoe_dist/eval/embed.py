@@ -65,7 +65,7 @@ def embed_pictures(
         progress("pictures", done, total)
     image_RP, good_R = _in_order(torch.cat(embedded), torch.cat(rows), torch.cat(real), len(shards), mesh)
     if not good_R.any():
-        raise UserError(f"{shards.path}: none of its {len(shards)} pictures can be decoded: pack again", shared=True)
+        raise UserError(f"{shards.path}: none of its {len(shards)} pictures can be decoded: pack again", told_by=0)
     _check_finite(image_RP, f"the pictures of {shards.path}")
     return PictureEmbeddings(image_RP=image_RP, good_R=good_R)
 
@@ -134,7 +134,7 @@ def _check_finite(x_XP: Tensor, what: str) -> None:
         raise UserError(
             f"{bad} of the {len(x_XP)} embeddings of {what} are not finite: the weights have diverged; "
             "take an earlier checkpoint, and train with a smaller optim.lr",
-            shared=True,
+            told_by=0,
         )
 
 

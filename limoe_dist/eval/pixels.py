@@ -90,9 +90,7 @@ def pixel_nearest_neighbour(
         top5 += int(right_Q5.any(1).sum())
         seen_K = nearest.pictures_K
     if rows == 0:
-        raise UserError(
-            f"{place}: no row has both a concept and a picture that can be decoded: pack again", shared=True
-        )
+        raise UserError(f"{place}: no row has both a concept and a picture that can be decoded: pack again", told_by=0)
     return PixelNeighbour(
         rows=rows,
         training_rows=int(seen_K.sum()),

@@ -114,7 +114,7 @@ def retrieval(
     used = [number for number, good in enumerate(pictures.good_R.tolist()) if good and captions[number] is not None]
     if not used:
         raise UserError(
-            f"{shards.path}: no row has both a caption and a picture that can be decoded: pack again", shared=True
+            f"{shards.path}: no row has both a caption and a picture that can be decoded: pack again", told_by=0
         )
     carried = one_text_each([captions[number] or "" for number in used])
     text_XP = embed_texts(model, run, tokenizer, carried.texts, mesh=mesh, device=device, progress=progress)

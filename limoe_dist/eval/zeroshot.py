@@ -113,9 +113,7 @@ def zeroshot(
     pictures = embed_pictures(model, run, shards, mesh=mesh, device=device, progress=progress)
     used_R = (class_R != NO_CLASS) & pictures.good_R
     if not used_R.any():
-        raise UserError(
-            f"{place}: no row has both a concept and a picture that can be decoded: pack again", shared=True
-        )
+        raise UserError(f"{place}: no row has both a concept and a picture that can be decoded: pack again", told_by=0)
     row = used_R.nonzero()[:, 0]
     first_R5 = nearest_keys(pictures.image_RP[row], class_KP, 5)
     top1, top5 = hit_fracs(first_R5, class_R[row], torch.arange(len(classes), device=device), (1, 5))

@@ -145,8 +145,10 @@ class MoeLayer(nn.Module):
                 continue
             valid = None if valid_GS is None else valid_GS[:, part]
             losses[f"local_{name}"] = aux_losses.local_entropy(clean_GSE[:, part], valid)
+            # Where the loss is off, its threshold may be one that these experts cannot meet.
+            reachable = min(min_experts, moe.num_experts)
             losses[f"global_{name}"] = aux_losses.thresholded_global_entropy(
-                aux_losses.mean_gates(gates_GSE[:, part], valid), threshold(min_experts)
+                aux_losses.mean_gates(gates_GSE[:, part], valid), threshold(reachable)
             )
         return {name: loss_G.sum() for name, loss_G in losses.items()}
 

@@ -6,7 +6,8 @@ several ranks is summed, never averaged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,9 +99,28 @@ def max_over(x: Tensor, axis: Axis) -> Tensor:
 
 
 def raise_together(problems: Sequence[str], axis: Axis, device: torch.device) -> None:
-    """Raises UserError on every rank of the axis where any rank has a problem, or on none: nobody is left waiting."""
-    found = max_over(torch.tensor(float(bool(problems)), device=device), axis)
-    if problems:
-        raise UserError("\n".join(problems), shared=False)
-    if found.item():
-        raise UserError("another rank found a fault and named it", shared=True)
+    """Raises UserError on every rank of the axis where any rank has a problem, or on none: nobody is left waiting.
+
+    The first rank that has one tells it; what all ranks found is told once. A collective, and so a barrier too.
+    """
+    # The largest number belongs to the lowest rank that has a problem; 0 where none has.
+    places = int(max_over(torch.tensor(axis.size - axis.index if problems else 0, device=device), axis).item())
+    if places:
+        teller = axis.size - places
+        raise UserError("\n".join(problems) or f"rank {teller} found a fault", told_by=teller)
+
+
+@contextmanager
+def all_or_none(axis: Axis, device: torch.device) -> Iterator[None]:
+    """What some ranks do in the `with` either succeeds for all, or every rank raises UserError. A barrier at its end.
+
+    Catches UserError and OSError; the `with` itself may hold no collective, which a failed rank would not join.
+    """
+    problems: list[str] = []
+    try:
+        yield
+    except UserError as error:
+        problems = [str(error)]
+    except OSError as error:
+        problems = [f"{error.filename or 'a file'}: {error.strerror or error}"]
+    raise_together(problems, axis, device)

@@ -39,13 +39,14 @@ def discover(environ: Mapping[str, str]) -> Place:
             port=_number(environ, "MASTER_PORT", 29500),
             found_by="torchrun",
         )
-    if _number(environ, "SLURM_NTASKS", 1) > 1 and "SLURM_PROCID" in environ:
+    # Variables of a step: a batch script has SLURM_PROCID and SLURM_NTASKS too, but is alone until it calls srun.
+    if _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in environ:
         hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
         # Jobs that share a host must not meet at one port; the job's number keeps them apart.
         port = 15_000 + _number(environ, "SLURM_JOB_ID", 0) % 15_000
         return Place(
             rank=_number(environ, "SLURM_PROCID"),
-            world=_number(environ, "SLURM_NTASKS"),
+            world=_number(environ, "SLURM_STEP_NUM_TASKS"),
             local_rank=_number(environ, "SLURM_LOCALID", 0),
             address=environ.get("MASTER_ADDR") or first_host(hosts),
             port=_number(environ, "MASTER_PORT", port),

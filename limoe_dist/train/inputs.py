@@ -13,7 +13,7 @@ from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.manifest import Manifest, sha256_of
 from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
-from limoe_dist.parallel.collectives import raise_together
+from limoe_dist.parallel.collectives import all_or_none
 from limoe_dist.parallel.mesh import Mesh
 
 
@@ -32,16 +32,8 @@ def open_inputs(run: Run, mesh: Mesh, device: torch.device) -> Inputs:
 
     Raises UserError on all ranks where a manifest, a shard or the vocabulary is not what it should be.
     """
-    problems: list[str] = []
-    found: Inputs | None = None
-    try:
-        found = _open(run, mesh)
-    except UserError as error:
-        problems = [str(error)]
-    # All ranks read the same files: rank 0 tells, unless another one alone found something.
-    raise_together(problems, mesh.world, device)
-    assert found is not None
-    return found
+    with all_or_none(mesh.world, device):
+        return _open(run, mesh)
 
 
 def _open(run: Run, mesh: Mesh) -> Inputs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 import time
 from pathlib import Path
@@ -28,7 +27,8 @@ class Window:
 
     def _start(self) -> None:
         self.steps = 0
-        self._began = time.perf_counter()
+        self._busy_s = 0.0
+        self._began = self._stepped_at = time.perf_counter()
         self._total: Tensor | None = None
         self._last: StepResult | None = None
 
@@ -42,6 +42,7 @@ class Window:
         self._total = figures if self._total is None else self._total + figures
         self._last = result
         self.steps += 1
+        self._stepped_at = time.perf_counter()
 
     @property
     def _ranks(self) -> int:
@@ -51,7 +52,12 @@ class Window:
         loss = record.losses.get(name)
         return torch.zeros((), device=self.device) if loss is None else loss.detach()
 
-    def summary(self, *, step: int, temperature: Tensor) -> dict[str, Any]:
+    def restart_clock(self) -> None:
+        """Keeps what follows a step, a save or an evaluation, out of the rate; call it when that is over."""
+        self._busy_s += self._stepped_at - self._began
+        self._began = self._stepped_at = time.perf_counter()
+
+    def summary(self, *, step: int, scale: Tensor) -> dict[str, Any]:
         """The figures of the steps since the last call, over all ranks; begins a new window. A collective.
 
         Raises ValueError where no step was added.
@@ -59,7 +65,7 @@ class Window:
         if self._total is None or self._last is None:
             raise ValueError("no step was added since the last summary")
         total = (sum_over(self._total, self.mesh.world) / self.steps).tolist()
-        seconds = time.perf_counter() - self._began
+        seconds = self._busy_s + self._stepped_at - self._began
         pairs = self.run.train.batch_pairs
         contrastive, aux, image_to_text, text_to_image, grad_norm = total[:5]
         figures: dict[str, Any] = {
@@ -72,7 +78,7 @@ class Window:
             "accuracy_text_to_image": text_to_image / pairs,
             "grad_norm": grad_norm,
             "lr": self._last.rate,
-            "temperature": math.exp(-temperature.item()),
+            "temperature": 1 / scale.item(),
             "pairs_per_s": pairs * self.steps / seconds,
             "seconds_per_step": seconds / self.steps,
             "memory_bytes": peak_memory(self.device),
@@ -139,6 +145,11 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether evaluations.jsonl has a line of this step; False on ranks that do not write."""
+        path = self.out / "evaluations.jsonl"
+        return self.writes and path.exists() and f'"step": {step},' in path.read_text(encoding="utf-8")
 
     def metrics(self, figures: dict[str, Any]) -> None:
         self._line("metrics.jsonl", figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -10,21 +11,31 @@ import torch
 from limoe_dist.parallel.collectives import max_over
 from limoe_dist.parallel.mesh import Mesh
 
+IMPATIENT_S = 2.0
+"""Launchers repeat a terminal's Ctrl-C at once; one that comes later than this is a person who will not wait."""
+
 
 class StopFlag:
-    """Catches the signals while it is open. A second signal changes nothing: launchers repeat them."""
+    """Catches the signals inside a `with`. A second SIGTERM changes nothing; a later second Ctrl-C abandons the run."""
 
     def __init__(self) -> None:
         self._received = 0
+        self._since = 0.0
+
+    def __enter__(self) -> StopFlag:
         self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._received = self._received or number
+        if not self._received:
+            self._received, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > IMPATIENT_S:
+            raise KeyboardInterrupt
 
     def vote(self, mesh: Mesh, device: torch.device) -> int:
         """The signal that any rank received, or 0; the same on all ranks. A collective."""
         return int(max_over(torch.tensor(self._received, dtype=torch.int64, device=device), mesh.world).item())
-
-    def close(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

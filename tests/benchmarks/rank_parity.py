@@ -1,6 +1,6 @@
-"""The first 20 losses of `limoe train tiny` on 1 rank and on 2 ranks with ep=2: the same routing groups, dropped tokens.
+"""The first 20 losses of `limoe train tiny` on 1 rank and on 2 ranks with ep=2, with dropped tokens.
 
-    python -m tests.benchmarks.rank_parity --data quickstart/shards/train/manifest.json --report FILE
+python -m tests.benchmarks.rank_parity --data quickstart/shards/train/manifest.json --report FILE
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from limoe_dist.parallel.mesh import Mesh
 from tests.support.cases import perturbed_model, small_run
 from tests.support.ranks import RanksPool
 
-STATE = State(step=3, position=48, fingerprint="f", data="d", tokenizer="t")
+STATE = State(step=3, position=48, settings={}, data="d", tokenizer="t")
 
 
 def trained(run: Run, mesh: Mesh) -> tuple[Limoe, AdamW]:
@@ -114,6 +114,35 @@ def test_only_the_last_whole_ones_are_kept(tmp_path: Path) -> None:
         written(tmp_path, step=step, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_what_killed_saves_left_behind_goes_with_the_next_save(tmp_path: Path) -> None:
+    (written(tmp_path, step=1) / "manifest.json").unlink()
+    written(tmp_path, step=2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_whole(tmp_path: Path) -> None:
+    checkpoint = written(tmp_path)
+    (checkpoint / "stray").write_text("x")
+    assert written(tmp_path) == checkpoint
+    assert not (checkpoint / "stray").exists()
+    load_weights(checkpoint, perturbed_model(small_run(), Mesh.single()), Mesh.single())
+
+
+def test_tensors_without_a_checksum_are_not_read(tmp_path: Path) -> None:
+    checkpoint = written(tmp_path)
+    content = json.loads((checkpoint / "manifest.json").read_text())
+    content["files"] = [file for file in content["files"] if not file["name"].endswith(".safetensors")]
+    (checkpoint / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not in the manifest, so its checksum is not known"):
+        load_weights(checkpoint, perturbed_model(small_run(), Mesh.single()), Mesh.single())
+
+
+def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the directory should be")
+    with pytest.raises(UserError, match=r"checkpoints.*: (Not a directory|File exists)"):
+        written(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "state.json"])

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.parse import decisive, fingerprint, known_keys, load_run, save_run, write_atomically
+from limoe_dist.config.parse import changed_settings, decisive, known_keys, load_run, save_run, write_atomically
 from limoe_dist.config.presets import names, preset
 from limoe_dist.config.schema import Run
 from tests.config.settings import changed
@@ -109,10 +110,10 @@ def test_an_atomic_write_replaces_the_file_and_leaves_no_other(tmp_path):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_fingerprint_ignores_paths_layout_logging_and_saving(change):
+def test_a_resumed_run_may_change_paths_layout_logging_and_saving(change):
     run = preset("tiny")
     assert changed(run, change) != run
-    assert fingerprint(changed(run, change)) == fingerprint(run)
+    assert changed_settings(decisive(run), changed(run, change), Path("run.json")) == []
 
 
 @pytest.mark.parametrize(
@@ -129,8 +130,9 @@ def test_the_fingerprint_ignores_paths_layout_logging_and_saving(change):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_fingerprint_changes_with_what_decides_the_results(change):
-    assert fingerprint(changed(preset("tiny"), change)) != fingerprint(preset("tiny"))
+def test_a_resumed_run_keeps_what_decides_the_results(change):
+    (line,) = changed_settings(decisive(preset("tiny")), changed(preset("tiny"), change), Path("run.json"))
+    assert line.startswith(next(iter(change)))
 
 
 def test_decisive_settings_are_named_with_their_section():
@@ -139,6 +141,9 @@ def test_decisive_settings_are_named_with_their_section():
     assert not {"data.manifest", "parallel.ep", "train.stop_grace_s"} & set(settings)
 
 
-def test_the_fingerprint_is_sixteen_hexadecimal_digits():
-    assert len(fingerprint(Run())) == 16
-    assert int(fingerprint(Run()), 16) >= 0
+def test_a_setting_that_an_older_version_did_not_know_must_have_its_default():
+    before = decisive(Run())
+    del before["moe.top_k"]
+    assert changed_settings(before, Run(), Path("state.json")) == []
+    (line,) = changed_settings(before, changed(Run(), {"moe.top_k": 2}), Path("state.json"))
+    assert line == "moe.top_k=2, but state.json has 1: a resumed run keeps what decides its results"

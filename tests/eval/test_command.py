@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder.mkdir()
     save_run(run.model_copy(update={"data": data}), folder / "run.json")
     tokenizer = sha256_of(training.parent / "tokenizer.model")
-    state = State(step=7, position=0, fingerprint="", data="", tokenizer=tokenizer)
+    state = State(step=7, position=0, settings={}, data="", tokenizer=tokenizer)
     save(folder, state, model_shards(small_model(), Mesh.single()), Mesh.single(), keep=1)
     return Trained(folder, training, validation)
 

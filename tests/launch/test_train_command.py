@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.shards import write_shards
@@ -114,9 +115,27 @@ def test_a_grace_shorter_than_the_save_kills_it_and_leaves_no_checkpoint(tmp_pat
     command = ["limoe_dist", "train", "tiny", "--data", str(data), "--out", str(out), "--ranks", "2", *SMALL]
     process = start(tmp_path, [*command, "--train.steps", "100000", "--train.stop-grace-s", "3"], save_seconds=60)
     began = time.monotonic()
-    signal_in_training(process, signal.SIGTERM)
+    printed = signal_in_training(process, signal.SIGTERM)
     assert time.monotonic() - began < 60
+    assert process.returncode == 1
+    assert "the ranks were ended before they had saved" in printed
+    assert "train.stop_grace_s=3" in printed
     assert not list((out / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_a_signal_to_one_rank_is_not_taken_for_a_finished_run(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "run"
+    command = ["limoe_dist", "train", "tiny", "--data", str(data), "--out", str(out), "--ranks", "2", *SMALL]
+    process = start(tmp_path, [*command, "--train.steps", "100000"], save_seconds=0)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            ranks = [child for child in psutil.Process(process.pid).children() if "limoe_dist" in child.cmdline()]
+            ranks[-1].send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert saved_step(out) >= 3
 
 
 def test_ctrl_c_under_torchrun_saves_and_ends_and_the_run_goes_on(tmp_path: Path, data: Path) -> None:
@@ -149,6 +168,7 @@ def test_mistakes_end_in_one_line_with_status_2_before_anything_starts(tmp_path:
             "tiny", *common, "--train.batch-pairs", "100",
         ],
         "--data is missing": ["tiny", "--out", str(out)],
+        "0 ranks cannot train: use 1 or more": ["tiny", *common, "--ranks", "0"],
         "--out is missing": ["tiny", "--data", str(data)],
         "broken.json: rows": ["tiny", "--data", str(tmp_path / "broken.json"), "--out", str(out)],
         "nothing.json: cannot be read": ["tiny", "--data", str(tmp_path / "nothing.json"), "--out", str(out)],

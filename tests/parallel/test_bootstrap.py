@@ -14,7 +14,7 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.parallel.place import Place, discover, first_host
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "1234"}
-SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "42"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "42"}
 
 
 def test_torchrun_tells_everything() -> None:
@@ -30,8 +30,9 @@ def test_torchrun_inside_slurm_is_torchrun() -> None:
     assert discover(SLURM | TORCHRUN).found_by == "torchrun"
 
 
-def test_an_allocation_of_one_task_is_a_process_alone() -> None:
-    assert discover({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}).found_by == "alone"
+def test_a_step_of_one_task_and_a_batch_script_are_processes_alone() -> None:
+    assert discover({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}).found_by == "alone"
+    assert discover({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}).found_by == "alone"
     assert discover({}) == Place(0, 1, 0, "", 0, "alone")
 
 

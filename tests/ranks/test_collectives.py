@@ -62,14 +62,14 @@ def one_rank_has_a_problem() -> str:
     try:
         raise_together(["shard 7 is missing"] if mesh.rank == 1 else [], mesh.world, torch.device("cpu"))
     except UserError as error:
-        return f"{error} {error.shared}"
+        return f"{error} {error.told_by}"
     return "nothing"
 
 
 def test_every_rank_raises_where_one_has_a_problem(ranks2: RanksPool) -> None:
     assert ranks2.run(one_rank_has_a_problem) == [
-        "another rank found a fault and named it True",
-        "shard 7 is missing False",
+        "rank 1 found a fault 1",
+        "shard 7 is missing 1",
     ]
 
 

@@ -16,6 +16,7 @@ from limoe_dist.checkpoint.storage import latest_checkpoint
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Checkpoint, Data, Eval, Log, Parallel, Run
 from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.train.folder import Ended, read_end
 from limoe_dist.train.loop import Outcome, train
 from tests.support.cases import small_run
 from tests.support.ranks import RanksPool
@@ -133,6 +134,42 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
     assert latest_checkpoint(out).name == f"step-{outcomes[0].step:08d}"
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path: Path, data: Path) -> None:
+    run, out = run_on(data), tmp_path / "run"
+    train(run, tmp_path / "whole", mesh=Mesh.single(), device=CPU, resume=False, stop_after=2)
+    out.mkdir()
+    (out / "run.json").write_text(run.model_dump_json())
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
+    assert train(run, out, mesh=Mesh.single(), device=CPU, resume=True, stop_after=2) == Outcome(2, 0)
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_a_step_that_is_already_done_is_no_reason_to_train_on(tmp_path: Path, data: Path) -> None:
+    run, out = run_on(data), tmp_path / "run"
+    train(run, out, mesh=Mesh.single(), device=CPU, resume=False, stop_after=2)
+    assert train(run, out, mesh=Mesh.single(), device=CPU, resume=True, stop_after=2) == Outcome(2, 0)
+    assert len(losses(out)) == 2
+    assert read_end(out) == Ended(step=2, signal=0)
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path: Path, data: Path) -> None:
+    run, out = run_on(data), tmp_path / "run"
+    train(run, out, mesh=Mesh.single(), device=CPU, resume=False, stop_after=4)
+    (out / "evaluations.jsonl").write_text("")
+    train(run, out, mesh=Mesh.single(), device=CPU, resume=True, stop_after=4)
+    assert [line["step"] for line in lines(out, "evaluations.jsonl")] == [4]
+    train(run, out, mesh=Mesh.single(), device=CPU, resume=True)
+    assert [line["step"] for line in lines(out, "evaluations.jsonl")] == [4, 6]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path: Path, data: Path) -> None:
+    run = run_on(data)
+    broken = run.model_copy(update={"image": run.image.model_copy(update={"std": 1e-38})})
+    with pytest.raises(UserError, match="step 1: the gradient is not finite"):
+        train(broken, tmp_path / "run", mesh=Mesh.single(), device=CPU, resume=False)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def alone(run: Run, out: Path, *, resume: bool = False) -> Outcome:
     return train(run, out, mesh=Mesh.single(), device=CPU, resume=resume, stop_after=1)
 
@@ -150,7 +187,9 @@ def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path, 
         alone(run, tmp_path / "other")
 
 
-@pytest.mark.parametrize(("seed", "rows", "other"), [(8, 64, "settings"), (7, 80, "training shards")])
+@pytest.mark.parametrize(
+    ("seed", "rows", "other"), [(8, 64, r"train\.seed=8, but .* has 7"), (7, 80, "made with other training shards")]
+)
 def test_a_run_does_not_go_on_with_what_decides_its_results_changed(
     tmp_path: Path, data: Path, seed: int, rows: int, other: str
 ) -> None:
@@ -163,7 +202,7 @@ def test_a_run_does_not_go_on_with_what_decides_its_results_changed(
             "data": run.data.model_copy(update={"manifest": str(manifest)}),
         }
     )
-    with pytest.raises(UserError, match=f"made with other {other}"):
+    with pytest.raises(UserError, match=other):
         alone(changed, out, resume=True)
 
 
