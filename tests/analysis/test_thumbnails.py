@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import base64
 import io
-import struct
-import zlib
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +24,10 @@ def opened(address: str | None) -> Image.Image:
     return image
 
 
-def declared(width: int, height: int) -> bytes:
-    """A PNG that says how large it is, and holds next to nothing."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+def whole(mode: str, width: int, height: int, format: str) -> bytes:
+    content = io.BytesIO()
+    Image.new(mode, (width, height)).save(content, format)
+    return content.getvalue()
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
@@ -72,14 +65,14 @@ def test_nothing_of_the_source_is_passed_on() -> None:
     [
         b"",
         b"<svg onload='alert(1)'/>",
-        b"GIF89a" + bytes(50),
+        whole("RGB", 20, 20, "GIF"),
         truncated(3),
         damaged(3),
-        declared(60_000, 60_000),
-        declared(2_000_000_000, 1),
+        # A few kilobytes that are whole, and would be unpacked.
+        whole("1", 8000, 5000, "PNG"),
         bytes(MAX_ENCODED_BYTES + 1),
     ],
-    ids=["empty", "svg", "gif", "truncated", "damaged", "bomb", "wide bomb", "too many bytes"],
+    ids=["empty", "svg", "gif", "truncated", "damaged", "bomb", "too many bytes"],
 )
 def test_hostile_and_damaged_pictures_are_refused(content: bytes) -> None:
     assert thumbnail(as_row(content)) is None

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from limoe_dist.checkpoint.storage import latest_checkpoint, load_weights
-from limoe_dist.config.parse import load_run
+from limoe_dist.config.parse import decisive, load_run, preset_named
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.tokenizer import open_tokenizer
 from limoe_dist.eval.classes import classes_of_concepts, concepts_of
@@ -44,7 +44,14 @@ def halves(run_dir: Path, data: Path) -> dict[str, object]:
     result = zeroshot(model, run, shards, tokenizer, mesh=mesh, device=device, classes=classes)
     concepts = [shards.row(number).concept for number in result.row_R.tolist()]
     names = [name for (name, *_) in classes]
-    figures: dict[str, object] = {"run": run_dir.name, "checkpoint": checkpoint.name}
+    preset = decisive(preset_named(run.preset))
+    figures: dict[str, object] = {
+        "run": run_dir.name,
+        "preset": run.preset,
+        "step": int(checkpoint.name.removeprefix("step-")),
+        "differs_from_preset": {name: value for name, value in decisive(run).items() if value != preset[name]},
+        "success": last_success_rates(run_dir),
+    }
     for half, wanted in (("tuning", True), ("reported", False)):
         ranks = [
             [names[guess] for guess in guesses].index(concept) if concept in [names[g] for g in guesses] else 99
@@ -59,6 +66,12 @@ def halves(run_dir: Path, data: Path) -> dict[str, object]:
     return figures
 
 
+def last_success_rates(run_dir: Path) -> dict[str, list[float]]:
+    """Success rates of images and texts by MoE block, over the last logged steps."""
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    return {index: [block["success_image"], block["success_text"]] for index, block in last["blocks"].items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
@@ -67,7 +80,7 @@ def main() -> int:
     options = parser.parse_args()
     found = [halves(run, options.data) for run in options.runs]
     for figures in found:
-        print(figures["run"], figures["checkpoint"], "tuning half:", figures["tuning"])
+        print(figures["run"], figures["step"], "tuning half:", figures["tuning"])
     if options.report:
         options.report.write_text(json.dumps({"command": " ".join(sys.argv), "runs": found}, indent=1) + "\n")
     return 0

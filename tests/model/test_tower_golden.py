@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from limoe_dist.config.schema import Image, Model, Moe, Run, Text
@@ -105,3 +106,72 @@ def test_embeddings_losses_and_gradients_are_those_of_vmoe(case: str, moe_blocks
     for name, want in values(case, "grads", moe_blocks).items():
         error = (parameters[name].grad - want).abs().max() / want.abs().max()
         assert error < 2e-5, f"{name}: {error:.1e}"
+
+
+def vit_values() -> dict[str, Tensor]:
+    """The parameters of vmoe's image encoder under this project's names; the projection leaves features as they are."""
+    source = arrays("vit_moe")
+
+    def q(name: str) -> Tensor:
+        return torch.tensor(source[f"k1_bpr/params/{name}"])
+
+    found = {
+        "image_embed.weight": q("embedding/kernel").permute(3, 2, 0, 1),
+        "image_embed.bias": q("embedding/bias"),
+        "image_embed.position": q("Encoder/posembed_input/pos_embedding")[0],
+        "norm.weight": q("Encoder/encoder_norm/scale"),
+        "norm.bias": q("Encoder/encoder_norm/bias"),
+        "image_projection": torch.eye(32),
+    }
+    for i in range(4):
+        block, theirs, three = f"blocks.{i}.", f"Encoder/encoderblock_{i}", ("query", "key", "value")
+        for norm in (1, 2):
+            found[f"{block}norm{norm}.weight"] = q(f"{theirs}/LayerNorm_{norm - 1}/scale")
+            found[f"{block}norm{norm}.bias"] = q(f"{theirs}/LayerNorm_{norm - 1}/bias")
+        attention = f"{theirs}/SelfAttention"
+        found[block + "attention.qkv_weight"] = torch.stack(
+            [q(f"{attention}/{name}/kernel").permute(1, 2, 0) for name in three]
+        )
+        found[block + "attention.qkv_bias"] = torch.stack([q(f"{attention}/{name}/bias") for name in three])
+        found[block + "attention.out.weight"] = q(f"{attention}/out/kernel").reshape(32, 32).T
+        found[block + "attention.out.bias"] = q(f"{attention}/out/bias")
+        for layer, dense in (("up", "Dense_0"), ("down", "Dense_1")):
+            if i in (1, 3):
+                found[f"{block}moe.experts.{layer}_weight"] = q(f"{theirs}/Moe/Mlp/{dense}/kernel")
+                found[f"{block}moe.experts.{layer}_bias"] = q(f"{theirs}/Moe/Mlp/{dense}/bias")
+            else:
+                found[f"{block}mlp.{layer}.weight"] = q(f"{theirs}/Mlp/{dense}/kernel").T
+                found[f"{block}mlp.{layer}.bias"] = q(f"{theirs}/Mlp/{dense}/bias")
+        if i in (1, 3):
+            found[block + "moe.router"] = q(f"{theirs}/Moe/Router/dense/kernel")
+    return found
+
+
+def test_pictures_alone_in_two_groups_are_encoded_as_by_vmoe() -> None:
+    golden = {key: torch.tensor(value) for key, value in arrays("vit_moe").items()}
+    run = Run(
+        model=Model(width=32, depth=4, heads=4, mlp_dim=64, embed_dim=32),
+        image=Image(size=16, patch=4),
+        moe=Moe(
+            blocks=(1, 3),
+            num_experts=4,
+            group_pairs=2,
+            capacity_factor=1.0,
+            noise_std=0.0,
+            min_image_experts=3.0,
+            min_text_experts=3.0,
+        ),
+    )
+    model = build_model(run, mesh=Mesh.single(), device=torch.device("cpu"))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in vit_values().items():
+            parameters[name].copy_(value)
+        images = golden["k1_bpr/images"].permute(0, 3, 1, 2).contiguous()
+        output = model(images, None, mode=RoutingMode(training=True))
+    # The tower's embeddings have length 1; vmoe's features, the mean over tokens, have not.
+    torch.testing.assert_close(output.image_BP, F.normalize(golden["k1_bpr/out"], dim=-1), rtol=0, atol=5e-6)
+    for block, record in output.records.items():
+        want = golden[f"k1_bpr/metrics/encoderblock_{block}/importance_loss"].sum()
+        torch.testing.assert_close(record.losses["importance"], want, rtol=1e-5, atol=0)
+        assert record.kept_E2.sum() < 4 * 16, "the case drops tokens"
