@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
     from limoe_dist.checkpoint.storage import latest_checkpoint
 
     # Told once, before ranks start that would each tell it.
-    _open_tokenizer(inputs.run, latest_checkpoint(Path(options.run), options.checkpoint))
+    open_run_tokenizer(inputs.run, latest_checkpoint(Path(options.run), options.checkpoint))
     if options.ranks > 1 and not _launched():
         from launch.ranks import run_local
 
@@ -189,7 +189,7 @@ def _evaluate(options: Options, inputs: Inputs) -> None:
     from limoe_dist.parallel.place import discover
 
     run = _laid_out(inputs.run, discover(os.environ).world)
-    with start(run.parallel, os.environ) as (mesh, device), _progress(mesh.rank == 0) as progress:
+    with start(run.parallel, os.environ) as (mesh, device), progress_bars(mesh.rank == 0) as progress:
         subject = _loaded(options, run, inputs.data, mesh, device, progress)
         if isinstance(options, ZeroShotOptions):
             task, (content, table) = "zeroshot", _zeroshot(subject, inputs)
@@ -209,7 +209,7 @@ def _loaded(options: Options, run: Run, data: str, mesh: Mesh, device: torch.dev
     checkpoint = agreed_checkpoint(Path(options.run), mesh, device, options.checkpoint)
     model = build_model(run, mesh=mesh, device=device)
     load_weights(checkpoint, model, mesh)
-    tokenizer = _open_tokenizer(run, checkpoint)
+    tokenizer = open_run_tokenizer(run, checkpoint)
     return Subject(run, read_state(checkpoint).step, model, tokenizer, ShardSet(data), mesh, device, progress)
 
 
@@ -250,7 +250,7 @@ def _laid_out(run: Run, world: int) -> Run:
     return _with(run, "parallel", tp=math.gcd(run.parallel.tp, world), ep=math.gcd(run.parallel.ep, world))
 
 
-def _open_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
+def open_run_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
     """The vocabulary that the checkpoint was trained with. Raises UserError for another one."""
     from limoe_dist.checkpoint.storage import read_state
     from limoe_dist.data.manifest import sha256_of
@@ -279,7 +279,7 @@ def _open_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
 
 
 @contextmanager
-def _progress(shows: bool) -> Iterator[Progress]:
+def progress_bars(shows: bool) -> Iterator[Progress]:
     """A bar for each kind of work, on a terminal only; it is wiped away at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

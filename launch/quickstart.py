@@ -26,12 +26,14 @@ from limoe_dist.config.presets import preset
 ROOT = Path("quickstart")
 DEMO, SHARDS, RUN = ROOT / "demo", ROOT / "shards", ROOT / "run"
 TRAIN, VALIDATION = (SHARDS / split / "manifest.json" for split in ("train", "validation"))
-ZEROSHOT, RETRIEVAL = ROOT / "zeroshot.json", ROOT / "retrieval.json"
 TIMES = ROOT / "seconds.json"
 
 STEPS = preset("tiny").train.steps
 STOP_AFTER = STEPS - 100
 """Training stops here with a checkpoint, and the stage after it goes on from there."""
+
+# Where `limoe eval` writes by itself, and `limoe report` looks.
+ZEROSHOT, RETRIEVAL = (RUN / f"eval-{task}-{STEPS}.json" for task in ("zeroshot", "retrieval"))
 
 Command = list[str]
 
@@ -85,7 +87,7 @@ def _evaluate(task: str, result: Path) -> Callable[[], list[Command]]:
         newest = max(RUN.glob("checkpoints/step-*/manifest.json"), default=None)
         if newest and result.is_file() and result.stat().st_mtime > newest.stat().st_mtime:
             return []
-        return [["eval", task, "--run", str(RUN), "--data", str(VALIDATION), "--json", str(result)]]
+        return [["eval", task, "--run", str(RUN), "--data", str(VALIDATION)]]
 
     return commands
 

@@ -146,16 +146,16 @@ _TRAINED_ON = "the run's own training data: results on pictures that it has not 
 
 
 def _examples(options: Options, run: Run, folder: Path, data: str, role: str) -> Examples:
-    from launch.evaluate import _open_tokenizer, _progress
+    from launch.evaluate import open_run_tokenizer, progress_bars
     from limoe_dist.analysis.evaluated import retrieval_figures
     from limoe_dist.analysis.examples import Examples, Query, example_of, spread
     from limoe_dist.checkpoint.storage import latest_checkpoint, read_state
 
     checkpoint = latest_checkpoint(folder)
     alone = _with_parallel(run, options.tokenizer)
-    tokenizer = _open_tokenizer(alone, checkpoint)
+    tokenizer = open_run_tokenizer(alone, checkpoint)
     shards = _first_rows(data)
-    with _progress(True) as progress:
+    with progress_bars(True) as progress:
         found = _retrieval(alone, checkpoint, shards, tokenizer, progress)
     queries = [Query(each.row, each.text, each.texts, each.rows) for each in found.examples]
     return Examples(

@@ -23,5 +23,6 @@ def thin(steps: Column, values: Column, *, most: int = MOST_POINTS) -> tuple[Col
     kept = {0, len(steps) - 1}
     for stretch in np.array_split(np.arange(len(steps)), (most - 2) // 2):
         kept.add(int(stretch[np.argmin(values[stretch])]))
+        kept.add(int(stretch[np.argmax(values[stretch])]))
     chosen = np.array(sorted(kept))
     return steps[chosen], values[chosen]

@@ -116,10 +116,9 @@ def test_a_run_without_a_whole_checkpoint_begins_anew(ran: list[list[str]]) -> N
 
 
 def test_old_results_are_not_those_of_a_newer_checkpoint(ran: list[list[str]]) -> None:
-    quickstart.ROOT.mkdir()
-    quickstart.ZEROSHOT.write_text("{}")
     zeroshot = next(stage for stage in quickstart.STAGES if stage.name == "zero-shot")
     _checkpoint(quickstart.STEPS)
+    quickstart.ZEROSHOT.write_text("{}")
     (newest,) = quickstart.RUN.glob("checkpoints/*/manifest.json")
     written = quickstart.ZEROSHOT.stat().st_mtime
     os.utime(newest, (written + 10, written + 10))
