@@ -42,7 +42,7 @@ def measured(
                 name: shown["zeroshot"][name]
                 for name in ("rows", "classes", "top1", "top5", "chance_top1", "chance_top5")
             },
-            "pixel_nearest_neighbour": shown.get("pixel_nearest_neighbour"),
+            "pixel_nearest_neighbour": _without_paths(shown.get("pixel_nearest_neighbour")),
             "retrieval": {
                 name: found["retrieval"][name]
                 for name in ("rows", "texts", "image_to_text", "text_to_image", "chance_image_to_text")
@@ -74,6 +74,11 @@ def last_metrics(path: Path) -> dict[str, Any]:
         if isinstance(found, dict):
             return found
     raise UserError(f"{path}: holds no line of metrics")
+
+
+def _without_paths(figures: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Without the folder of this machine: figures are kept and shown elsewhere."""
+    return figures and {name: value for name, value in figures.items() if name != "training_data"}
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
                 "--resume RUN keeps the run's own --out and --data: leave them out; "
                 "where the data has moved, give --data.manifest"
             )
-        return command, run
+        return command, run.model_copy(update={"data": _absolute(run.data, "")})
     if command.data and run.data.manifest and command.data != run.data.manifest:
         raise UserError(f"--data {command.data} and --data.manifest {run.data.manifest} differ: give one of them")
     if not (command.data or run.data.manifest):
@@ -127,8 +127,9 @@ def _start_ranks(argv: list[str], run: Run, out: Path, *, ranks: int, stop_after
         return 128 + ended.signal
     if ended is None and status > 128:
         print(
-            "limoe: error: the ranks were ended before they had saved; the newest checkpoint, if any, stands "
-            f"(train.stop_grace_s={run.train.stop_grace_s:g} is how long a save may take after a signal)",
+            f"limoe: error: the ranks were ended by signal {status - 128} before they had saved; the newest "
+            "checkpoint, if any, stands "
+            f"(train.stop_grace_s={run.train.stop_grace_s:g} is how long a save may take after a stop)",
             file=sys.stderr,
         )
         return 1

@@ -82,7 +82,8 @@ def main() -> int:
     for figures in found:
         print(figures["run"], figures["step"], "tuning half:", figures["tuning"])
     if options.report:
-        options.report.write_text(json.dumps({"command": " ".join(sys.argv), "runs": found}, indent=1) + "\n")
+        command = "python -m tests.benchmarks.halves " + " ".join(sys.argv[1:])
+        options.report.write_text(json.dumps({"command": command, "runs": found}, indent=1) + "\n")
     return 0
 
 

@@ -118,7 +118,7 @@ def test_a_grace_shorter_than_the_save_kills_it_and_leaves_no_checkpoint(tmp_pat
     printed = signal_in_training(process, signal.SIGTERM)
     assert time.monotonic() - began < 60
     assert process.returncode == 1
-    assert "the ranks were ended before they had saved" in printed
+    assert "the ranks were ended by signal 15 before they had saved" in printed
     assert "train.stop_grace_s=3" in printed
     assert not list((out / "checkpoints").glob("step-*/manifest.json"))
 
