@@ -83,7 +83,7 @@ def _emoji(name: str, *, steps: int, width: int, depth: int, patch: int, augment
         ),
         optim=Optim(lr=1e-3, weight_decay=0.05, warmup_steps=100, timescale=steps, cooldown_steps=steps // 2),
         train=Train(steps=steps, batch_pairs=128),
-        eval=Eval(batch_pairs=64, classes="trained"),
+        eval=Eval(every_steps=300, batch_pairs=64, classes="trained"),
         checkpoint=Checkpoint(every_steps=200),
         log=Log(every_steps=10),
     )
