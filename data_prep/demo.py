@@ -90,6 +90,9 @@ class Made:
     lines: tuple[str, ...]
 
 
+FOLDERS = {"emoji": ("train", "validation"), "photos": ("photos",)}
+
+
 def _once(out: Path, part: str, settings: dict[str, Any], make: Callable[[], Made]) -> Made:
     """What `make` returns, kept in OUT/PART.json: made again for other settings or where a picture is lost."""
     record = out / f"{part}.json"
@@ -101,6 +104,9 @@ def _once(out: Path, part: str, settings: dict[str, Any], make: Callable[[], Mad
         except (ValueError, KeyError, TypeError):
             pass  # not a record of ours, or cut off: make it again
         record.unlink()
+    # A folder is a source once it has captions: until it is whole again it must not pass for one.
+    for folder in FOLDERS[part]:
+        (out / folder / "captions.jsonl").unlink(missing_ok=True)
     made = make()
     pictures: dict[str, int] = {}
     for report in made.reports:

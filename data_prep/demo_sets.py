@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any, Literal
 from data_prep.concepts import IconSet, character_of
 from data_prep.npm import Package, read_json
 from limoe_dist.config.errors import UserError
+
+ICON_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+LINK = re.compile(r"""href\s*=\s*["']\s*([^"']*)""")
 
 Split = Literal["train", "validation"]
 
@@ -58,6 +62,9 @@ def read_set(package: Package, tarball: Path) -> EmojiSet:
         raise UserError(f"{tarball}: holds no icons.json with icons: delete it and run again")
     author = info.get("author") or {}
     shown = {name for name, icon in icons["icons"].items() if not icon.get("hidden")}
+    if strange := [name for name in shown if not ICON_NAME.fullmatch(name)]:
+        # Names become file names.
+        raise UserError(f'{package.name}: the icon name "{strange[0][:60]}" is not made of letters, digits and "-"')
     names = IconSet(
         name=package.name.rpartition("/")[2],
         icons=frozenset(shown),
@@ -108,6 +115,10 @@ def rasterize(svg: str, *, width: int, height: int | None = None) -> Any:
     import resvg_py
     from PIL import Image
 
+    # A picture of strangers must not read this machine's files: what it shows is in it.
+    for link in LINK.findall(svg):
+        if not link.startswith(("#", "data:")):
+            raise ValueError(f'refers to "{link[:60]}", outside of itself')
     encoded = resvg_py.svg_to_bytes(
         svg_string=svg,
         width=width,

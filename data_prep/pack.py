@@ -30,6 +30,8 @@ from limoe_dist.data.manifest import Manifest, Shard, Source
 
 FORMAT_VERSION = 1
 """Raised when the same inputs begin to give other shards."""
+OURS = ("shard-*.arrow", ".shard-*.tmp", "tokenizer.model", "tokenizer.json", "rejected.jsonl")
+"""Files of an output folder that are written anew."""
 BATCH_ROWS = 256
 BATCH_BYTES = 32_000_000  # well below the 2 GB that the offsets of a `binary` column can address
 SCHEMA = pa.schema(
@@ -86,6 +88,12 @@ def pack(
     Raises UserError for unreadable captions, where OUT holds shards of other inputs, or where no row is left.
     """
     folders = [read_folder(source) for source in sources]
+    names = [folder.path.resolve().name for folder in folders]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f'--source: two folders are named "{twice[0]}", and keys begin with a folder\'s name: '
+            "rename one, or pack the folder above them with one captions file"
+        )
     inputs = _fingerprint(folders, settings)
     if done := _already_packed(out, inputs, overwrite=overwrite):
         return done
@@ -155,7 +163,7 @@ def _already_packed(out: Path, inputs: str, *, overwrite: bool) -> Packed | None
             return Packed(manifest, note["rejected"], note["converted"], skipped=True)
         except UserError:
             return None  # a shard is missing or cut off: the same inputs are packed again
-    foreign = manifest_file.is_file() or (note is None and any(out.glob("shard-*.arrow")))
+    foreign = manifest_file.is_file() or (note is None and any(any(out.glob(pattern)) for pattern in OURS))
     if foreign and not overwrite:
         raise UserError(
             f"--out {out}: holds shards packed from other inputs or settings: "
@@ -167,7 +175,7 @@ def _already_packed(out: Path, inputs: str, *, overwrite: bool) -> Packed | None
 def _clear(out: Path) -> None:
     """Removes what an earlier run left, the manifest first, so that half of it never passes for a data set."""
     (out / "manifest.json").unlink(missing_ok=True)
-    for pattern in ("shard-*.arrow", ".shard-*.tmp", "tokenizer.model", "tokenizer.json", "rejected.jsonl"):
+    for pattern in OURS:
         for file in out.glob(pattern):
             file.unlink()
 

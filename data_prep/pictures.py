@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image, ImageFile, ImageOps
 
 # A named list: Pillow's other formats include some that start programs.
+LARGEST_KEPT_BYTES = 64 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 EXIF_ORIENTATION = 0x0112
 PNG_BIT_DEPTH = slice(24, 25)
@@ -67,6 +68,8 @@ def check_picture(encoded: bytes, caps: Caps) -> Picture:
     except Exception as error:  # Pillow's decoders raise of every kind on broken bytes, and none may stop the run
         raise ValueError(f"cannot be decoded: {error}") from None
     kept = _png(image) if converted else encoded
+    if len(kept) > LARGEST_KEPT_BYTES:
+        raise ValueError(f"becomes a PNG of {len(kept)} bytes, more than the {LARGEST_KEPT_BYTES} that training reads")
     return Picture(kept, image.width, image.height, hashlib.sha256(kept).hexdigest(), converted)
 
 

@@ -115,7 +115,8 @@ def _members(deb: Path) -> Iterator[tuple[str, bytes]]:
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
                 for info in archive:
-                    name = info.name.removeprefix("./")
+                    # Normalised, so that what follows the prefix cannot begin with "/" and leave the folder.
+                    name = str(PurePosixPath(info.name))
                     wanted = name.startswith(STAMPS) and name.endswith((".txt", ".png", ".svg"))
                     plain = info.isfile() and info.size <= LARGEST_FILE_BYTES and ".." not in PurePosixPath(name).parts
                     if plain and (wanted or name == COPYRIGHT):

@@ -94,9 +94,12 @@ def captions(manifest: Manifest, folder: Path) -> Iterator[str]:
         try:
             with pa.memory_map(str(folder / shard.file)) as mapped, pa.ipc.open_file(mapped) as reader:
                 for index in range(reader.num_record_batches):
-                    for row in reader.get_batch(index).column("captions").to_pylist():
-                        yield from (caption.lower() for caption in row or ())
-        except (pa.ArrowInvalid, KeyError) as error:
+                    batch = reader.get_batch(index)
+                    # Before a value is read: offsets of a damaged shard point anywhere.
+                    batch.validate(full=True)
+                    for row in batch.column("captions").to_pylist():
+                        yield from (caption.lower() for caption in row or () if caption)
+        except (pa.ArrowException, KeyError, OSError) as error:
             raise UserError(f"{folder / shard.file}: is no shard with captions: {error}: pack again") from None
 
 

@@ -30,6 +30,7 @@ First steps:
   limoe doctor
   limoe prep fetch-demo --out demo
   limoe prep pack --source demo/train --out shards/train
+  limoe prep tokenizer --data shards/train/manifest.json --vocab-size 2000
   limoe train tiny --data shards/train/manifest.json --out runs/first --ranks 2 --parallel.ep 2
 
 exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 interrupted"""

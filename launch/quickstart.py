@@ -21,6 +21,7 @@ import tyro
 
 from launch.figures import measured
 from limoe_dist.config.errors import UserError
+from limoe_dist.config.parse import load_run
 from limoe_dist.config.presets import preset
 
 ROOT = Path("quickstart")
@@ -52,12 +53,19 @@ def _prepare(*words: str | Path) -> Callable[[], list[Command]]:
 
 def _pack() -> list[Command]:
     splits = ("train", "validation")
-    return [["prep", "pack", "--source", str(DEMO / split), "--out", str(SHARDS / split)] for split in splits]
+    # The folder is the quick start's own: what an earlier version packed there is replaced.
+    return [
+        ["prep", "pack", "--source", str(DEMO / split), "--out", str(SHARDS / split), "--overwrite"] for split in splits
+    ]
 
 
 def _train() -> list[Command]:
     """The first part of the run; goes on with one that was interrupted."""
     step = _saved_step()
+    settings = RUN / "run.json"
+    if settings.is_file() and load_run(settings).train.steps != STEPS:
+        # Made by another version of the preset: begin anew.
+        step = 0
     if step >= STOP_AFTER:
         return []
     ending = ["--ranks", "2", "--stop-after", str(STOP_AFTER)]

@@ -20,7 +20,7 @@ class _Part(BaseModel):
 
 
 def _plain_name(name: str) -> str:
-    if name != Path(name).name or name in ("", ".", ".."):
+    if name != Path(name).name or name in ("", ".", "..") or len(name) > 200:
         raise ValueError("must be a plain file name inside the manifest's folder")
     return name
 
@@ -79,6 +79,9 @@ def load_manifest(path: Path) -> Manifest:
             f"{path}: schema_version={manifest.schema_version}, but this version reads {SCHEMA_VERSION}: "
             "pack the shards again with `limoe prep pack`"
         )
+    files = [shard.file for shard in manifest.shards]
+    if twice := [file for file in files if files.count(file) > 1]:
+        raise UserError(f"{path}: shard {twice[0]} is listed twice, so its rows would be read twice: pack again")
     if sum(shard.rows for shard in manifest.shards) != manifest.rows:
         raise UserError(f"{path}: rows={manifest.rows}, but its shards hold {sum(s.rows for s in manifest.shards)}")
     for shard in manifest.shards:

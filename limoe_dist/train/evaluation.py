@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from limoe_dist.config.schema import Run
-from limoe_dist.eval.classes import classes_of_run
 from limoe_dist.eval.retrieval import Retrieval, retrieval
 from limoe_dist.eval.zeroshot import ZeroShot, zeroshot
 from limoe_dist.model.tower import Limoe
@@ -18,30 +17,36 @@ from limoe_dist.train.inputs import Inputs
 
 @dataclass(frozen=True)
 class Evaluation:
-    zeroshot: ZeroShot
+    zeroshot: ZeroShot | None
+    """None where the validation rows have no concepts to choose between."""
     retrieval: Retrieval
 
     def to_json(self) -> dict[str, Any]:
         """Without the examples, which `limoe eval` writes: a long run evaluates often."""
-        found = {"zeroshot": self.zeroshot.to_json(), "retrieval": self.retrieval.to_json()}
+        found = {"zeroshot": self.zeroshot.to_json()} if self.zeroshot else {}
+        found |= {"retrieval": self.retrieval.to_json()}
         return {task: {k: v for k, v in figures.items() if k != "examples"} for task, figures in found.items()}
 
     def line(self) -> str:
         """For a person who watches."""
         classes, found = self.zeroshot, self.retrieval
-        return (
-            f"validation: zero-shot top-1 {classes.top1:.1%} top-5 {classes.top5:.1%} "
-            f"(chance {classes.chance_top1:.2%}, {classes.chance_top5:.2%}); "
+        parts = [
             f"retrieval R@1 image to text {found.image_to_text.at1:.1%}, text to image {found.text_to_image.at1:.1%}"
-        )
+        ]
+        if classes is not None:
+            parts.insert(
+                0,
+                f"zero-shot top-1 {classes.top1:.1%} top-5 {classes.top5:.1%} "
+                f"(chance {classes.chance_top1:.2%}, {classes.chance_top5:.2%})",
+            )
+        return "validation: " + "; ".join(parts)
 
 
 def evaluate(model: Limoe, run: Run, inputs: Inputs, *, mesh: Mesh, device: torch.device) -> Evaluation:
-    """Both tasks over data.validation. A collective; leaves the model in training mode as it was."""
+    """What can be measured on data.validation. A collective; leaves the model in training mode as it was."""
     assert inputs.validation is not None
-    shards, tokenizer = inputs.validation, inputs.tokenizer
-    classes = classes_of_run(run, inputs.train, shards)
-    return Evaluation(
-        zeroshot=zeroshot(model, run, shards, tokenizer, mesh=mesh, device=device, classes=classes),
-        retrieval=retrieval(model, run, shards, tokenizer, mesh=mesh, device=device),
-    )
+    shards, tokenizer, classes = inputs.validation, inputs.tokenizer, inputs.classes
+    found = None
+    if classes is not None:
+        found = zeroshot(model, run, shards, tokenizer, mesh=mesh, device=device, classes=classes)
+    return Evaluation(found, retrieval(model, run, shards, tokenizer, mesh=mesh, device=device))

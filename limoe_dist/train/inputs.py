@@ -12,7 +12,8 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.manifest import Manifest, sha256_of
-from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
+from limoe_dist.data.tokenizer import Tokenizer, normalised, open_tokenizer
+from limoe_dist.eval.classes import ClassNames, classes_of_run, concepts_of
 from limoe_dist.parallel.collectives import all_or_none
 from limoe_dist.parallel.mesh import Mesh
 
@@ -21,6 +22,8 @@ from limoe_dist.parallel.mesh import Mesh
 class Inputs:
     train: ShardSet
     validation: ShardSet | None
+    classes: list[ClassNames] | None
+    """What zero-shot on the validation rows chooses between; None where none of them has a concept."""
     tokenizer: Tokenizer
     data_hash: str
     """Of the training shards' checksums: a resumed run must read the same rows."""
@@ -47,10 +50,17 @@ def _open(run: Run, mesh: Mesh) -> Inputs:
     return Inputs(
         train=train,
         validation=validation,
+        classes=None if validation is None else _classes(run, train, validation),
         tokenizer=tokenizer,
         data_hash=hashlib.sha256(checksums.encode()).hexdigest(),
         tokenizer_hash=sha256_of(tokenizer.path),
     )
+
+
+def _classes(run: Run, train: ShardSet, validation: ShardSet) -> list[ClassNames] | None:
+    if not any(normalised(concept) for concept in concepts_of(validation)):
+        return None
+    return classes_of_run(run, train, validation)
 
 
 def _verify(manifest: Manifest, folder: Path, mesh: Mesh) -> None:

@@ -83,3 +83,19 @@ def test_no_concept_is_given_to_two_icons_of_a_set():
     for given in BY_HAND.values():
         names = [name for name in given.values() if name]
         assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("link", ["/etc/hostname", "../secret.png", "file:///etc/hostname"])
+def test_an_svg_that_refers_to_a_file_of_this_machine_is_refused(link):
+    picture = f'<image href="{link}" width="8" height="8"/>'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8">{picture}</svg>'
+    with pytest.raises(ValueError, match="outside of itself"):
+        render(svg, size=8)
+
+
+def test_an_svg_may_refer_to_its_own_parts():
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"><defs><rect id="a" width="8" height="8"/></defs>'
+        '<use href="#a"/></svg>'
+    )
+    assert render(svg, size=8)

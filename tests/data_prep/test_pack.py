@@ -269,8 +269,17 @@ def test_two_pictures_never_share_a_key(tmp_path):
     }
 
 
-def test_a_key_that_is_taken_twice_is_rejected(tmp_path):
-    sources = [simple_source(tmp_path / name / "src", 1) for name in ("x", "y", "z")]
-    run(sources, tmp_path / "out")
-    assert sorted(row["key"] for row in rows_of(tmp_path / "out")) == ["src/p0", "src/p0.png"]
-    assert rejected(tmp_path / "out") == {"p0.png": "its key src/p0.png is taken by an earlier row"}
+def test_two_sources_of_one_name_are_refused_and_nothing_is_lost(tmp_path):
+    sources = [simple_source(tmp_path / name / "src", 1) for name in ("x", "y")]
+    with pytest.raises(UserError, match='two folders are named "src"'):
+        run(sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "rejected.jsonl"])
+def test_a_file_of_the_user_is_not_removed(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        run([simple_source(tmp_path / "src")], tmp_path / "out")
+    assert (tmp_path / "out" / name).read_text() == "mine"

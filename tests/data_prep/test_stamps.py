@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
+import tarfile
 
 import pytest
 from PIL import Image
@@ -117,3 +118,26 @@ def test_the_words_of_apt_are_passed_on(tmp_path, monkeypatch):
 
 def test_alpha_of_an_icon_and_of_a_photo_is_laid_on_the_same_white():
     assert (decoded(demo_sets.flat_png(Image.new("RGBA", (2, 2)))) == 255).all()
+
+
+@needs_dpkg
+def test_a_name_that_becomes_absolute_stays_inside(tmp_path, monkeypatch):
+    escaped = f"{stamps.STAMPS}/{tmp_path}/escaped.png"
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        info = tarfile.TarInfo(escaped)
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"abcd"))
+
+    class Unpacked:
+        stdout, returncode = io.BytesIO(archive.getvalue()), 0
+
+        def __init__(self, *arguments, **options): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error): ...
+
+    monkeypatch.setattr(stamps.subprocess, "Popen", Unpacked)
+    ((name, _),) = stamps._members(tmp_path / "x.deb")
+    assert not name.removeprefix(stamps.STAMPS).startswith("/")

@@ -36,16 +36,20 @@ def write_shards(
     pictures: Mapping[int, bytes] | None = None,
     captions: Mapping[int, Sequence[str]] | None = None,
     vocab_size: int | None = 32,
+    concepts: bool = True,
 ) -> Path:
     """Writes Arrow shards, a tokenizer and manifest.json into `folder`; the manifest's path.
 
     Row i is "row-i" of concept CONCEPTS[i % 8] with the captions "a {concept}" and "picture of a {concept}".
     pictures, captions: by row, in place of the generated ones. vocab_size: None leaves the tokenizer out.
+    concepts: False leaves the column empty, as for captioned photographs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number, part in enumerate(np.array_split(np.arange(rows), shards)):
         records = [_record(int(row), size, pictures or {}, captions or {}) for row in part]
+        if not concepts:
+            records = [record | {"concept": ""} for record in records]
         file = folder / f"shard-{number:05d}.arrow"
         _write_arrow(file, records)
         entries.append(

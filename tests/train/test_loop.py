@@ -230,6 +230,18 @@ def test_a_shard_whose_checksum_is_wrong_is_named_before_a_run_begins(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def test_validation_rows_without_concepts_are_measured_by_retrieval_alone(tmp_path: Path, data: Path) -> None:
+    write_shards(tmp_path / "plain", rows=24, shards=1, concepts=False)
+    run = run_on(data, steps=4)
+    run = run.model_copy(
+        update={"data": run.data.model_copy(update={"validation": str(tmp_path / "plain" / "manifest.json")})}
+    )
+    train(run, tmp_path / "run", mesh=Mesh.single(), device=CPU, resume=False)
+    (line,) = lines(tmp_path / "run", "evaluations.jsonl")
+    assert "zeroshot" not in line
+    assert line["retrieval"]["rows"] == 24
+
+
 def bad_data_on_ranks(text: str, out: str) -> str:
     try:
         on_ranks(text, out, False, None)
