@@ -20,7 +20,7 @@ class FetchDemo:
     out: Path
     """Folder for train/, validation/, photos/ and downloads/; what is there already is kept."""
     photos: bool = False
-    """Also fetch about 1,000 captioned photographs and cut-outs from Debian's tuxpaint-stamps-default (161 MB)."""
+    """Also fetch about 950 captioned photographs and cut-outs from Debian's tuxpaint-stamps-default (161 MB)."""
     size: int = 96
     """Side of an emoji picture, in pixels; larger than the model's, so that crops stay sharp."""
     photo_size: int = 256

@@ -163,8 +163,9 @@ def _already_packed(out: Path, inputs: str, *, overwrite: bool) -> Packed | None
             return Packed(manifest, note["rejected"], note["converted"], skipped=True)
         except UserError:
             return None  # a shard is missing or cut off: the same inputs are packed again
-    foreign = manifest_file.is_file() or (note is None and any(any(out.glob(pattern)) for pattern in OURS))
-    if foreign and not overwrite:
+    if note is None and out.is_dir() and not manifest_file.is_file() and any(out.iterdir()):
+        raise UserError(f"--out {out}: holds files that are not shards of ours: give a new folder")
+    if manifest_file.is_file() and not overwrite:
         raise UserError(
             f"--out {out}: holds shards packed from other inputs or settings: "
             "give another folder, or --overwrite to replace them"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib.metadata import version
 
 from limoe_dist.config.errors import UserError, nearest
 
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
             about = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
             print(USAGE.format(commands=about), flush=True)
             return 0 if argv else 2
+        if argv[0] == "--version":
+            print(f"limoe {version('limoe-dist')}")
+            return 0
         if argv[0] not in COMMANDS:
             raise UserError(f'unknown command "{argv[0]}"{nearest(argv[0], COMMANDS)} (see limoe --help)')
         return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]))

@@ -204,13 +204,18 @@ def _evaluate(options: Options, inputs: Inputs) -> None:
 def _loaded(options: Options, run: Run, data: str, mesh: Mesh, device: torch.device, progress: Progress) -> Subject:
     from limoe_dist.checkpoint.storage import agreed_checkpoint, load_weights, read_state
     from limoe_dist.data.arrow import ShardSet
+    from limoe_dist.data.manifest import verify_shards
     from limoe_dist.model.tower import build_model
+    from limoe_dist.parallel.collectives import all_or_none
 
     checkpoint = agreed_checkpoint(Path(options.run), mesh, device, options.checkpoint)
     model = build_model(run, mesh=mesh, device=device)
     load_weights(checkpoint, model, mesh)
-    tokenizer = open_run_tokenizer(run, checkpoint)
-    return Subject(run, read_state(checkpoint).step, model, tokenizer, ShardSet(data), mesh, device, progress)
+    with all_or_none(mesh.world, device):
+        tokenizer = open_run_tokenizer(run, checkpoint)
+        shards = ShardSet(data)
+        verify_shards(shards.manifest, shards.folder, rank=mesh.rank, world=mesh.world.size)
+    return Subject(run, read_state(checkpoint).step, model, tokenizer, shards, mesh, device, progress)
 
 
 def _zeroshot(of: Subject, inputs: Inputs) -> tuple[dict[str, Any], Table]:
@@ -234,6 +239,9 @@ def _zeroshot(of: Subject, inputs: Inputs) -> tuple[dict[str, Any], Table]:
             of.run, training, of.shards, mesh=mesh, device=device, classes=classes, progress=progress
         )
         content["pixel_nearest_neighbour"] = {"training_data": inputs.neighbours} | neighbour.to_json()
+        if neighbour.training_rows == 0:
+            # No training picture belongs to a class: there is no neighbour to compare with.
+            neighbour = None
     return content, zeroshot_table(found, neighbour, step=of.step)
 
 

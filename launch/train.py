@@ -28,7 +28,8 @@ presets:
 `limoe train PRESET --help` lists every setting with the preset's value.
 
 Ctrl-C and SIGTERM save a checkpoint and end; `--resume RUN` goes on from there. --ranks waits train.stop_grace_s
-seconds for that save. Under torchrun, whose own limit is 30 s, pass `--shutdown-timeout 120` to torchrun.
+seconds for that save. Under torchrun, whose own limit is 30 s, pass `--shutdown-timeout 120` to torchrun; it has a
+status and a traceback of its own for a signal.
 
 exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 or 143 saved after Ctrl-C or SIGTERM"""
 
@@ -62,7 +63,13 @@ def main(argv: list[str]) -> int:
     place = discover(os.environ)
     alone = place.found_by == "alone"
     check(run, world=command.ranks if alone else place.world)
-    load_manifest(Path(run.data.manifest))
+    rows = load_manifest(Path(run.data.manifest)).rows
+    if run.train.batch_pairs > rows and alone:
+        print(
+            f"limoe: warning: train.batch_pairs={run.train.batch_pairs}, but the data has {rows} rows: "
+            "every batch holds rows more than once",
+            file=sys.stderr,
+        )
     if run.data.validation:
         load_manifest(Path(run.data.validation))
     problems = resume_problems(out, run) if resume else []

@@ -105,7 +105,10 @@ def _layout(run: Run, world: int) -> list[str]:
         if world % size:
             # Only what will pass the other rules too is worth naming.
             fitting = [d for d in divisors(world) if cut[axis] % d == 0]
-            problems.append(f"parallel.{axis}={size} must divide the number of ranks, {world}: use {_choices(fitting)}")
+            problems.append(
+                f"parallel.{axis}={size} must divide the number of ranks, {world}: use {_choices(fitting)}, "
+                "or another number of ranks"
+            )
     if moe.blocks and moe.num_experts % parallel.ep:
         problems.append(
             f"parallel.ep={parallel.ep} must divide moe.num_experts={moe.num_experts}: "

@@ -69,6 +69,11 @@ class ShardSet:
         index = number - int(self._first_rows[shard])
         return self._shard(shard).row(index, number=number, shard=shard)
 
+    def open_all(self) -> None:
+        """Opens every shard and compares its rows with the manifest's. Raises UserError as `row` would later."""
+        for number in range(len(self.manifest.shards)):
+            self._shard(number)
+
     def next_in_shard(self, number: int, tries: int) -> Iterator[int]:
         """The rows that stand in for `number`: the next ones of its shard, wrapping to its first; at most `tries`.
 

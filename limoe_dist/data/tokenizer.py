@@ -53,7 +53,8 @@ class Tokenizer:
         if self.vocab_size > vocab_limit:
             raise UserError(
                 f"tokenizer {self.path} has {self.vocab_size} pieces, more than text.vocab_size={vocab_limit}: "
-                f"set text.vocab_size={self.vocab_size} or more, or train a tokenizer of at most {vocab_limit} pieces"
+                f"set text.vocab_size={self.vocab_size} or more, or train a smaller one with "
+                f"`limoe prep tokenizer --data MANIFEST --vocab-size {vocab_limit} --overwrite`"
             )
         if self._pieces.eos_id() != EOS:
             raise UserError(
@@ -88,7 +89,8 @@ def open_tokenizer(run: Run, manifest: Manifest, folder: Path) -> Tokenizer:
     else:
         raise UserError(
             f"data.tokenizer is empty, and the manifest in {folder} names none: "
-            "give data.tokenizer, or train one with `limoe prep tokenizer`"
+            "give data.tokenizer, or train one with "
+            f"`limoe prep tokenizer --data {folder / 'manifest.json'} --vocab-size {run.text.vocab_size}`"
         )
     return Tokenizer(path, length=run.text.length, vocab_limit=run.text.vocab_size, entry=entry)
 

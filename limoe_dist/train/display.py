@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -17,7 +18,8 @@ class Display:
         self.steps, self.shows = steps, shows
         self._began, self._first = time.perf_counter(), first_step
         self._bar: Progress | None = None
-        if shows and sys.stdout.isatty():
+        # mpirun gives its ranks a terminal, but mixes what they write into lines.
+        if shows and sys.stdout.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),

@@ -1,6 +1,7 @@
 """What a run's directory holds, and whose it is.
 
 RUN/run.json              the settings of the last start
+RUN/tokenizer.model       the vocabulary, copied from the training data
 RUN/metrics.jsonl         one line every log.every_steps
 RUN/evaluations.jsonl     one line for each evaluation in training
 RUN/positions.jsonl       which positions of the data order were consumed
@@ -10,10 +11,16 @@ RUN/checkpoints/          step-NNNNNNNN, see limoe_dist/checkpoint/storage.py
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import changed_settings, decisive, load_run, save_run, write_atomically
 from limoe_dist.config.schema import Run
 
@@ -29,11 +36,37 @@ def new_run_problem(out: Path) -> str | None:
     return None
 
 
-def begin(out: Path, run: Run) -> None:
-    """Makes the directory of a run, or takes up a resumed one with the settings of now; one rank calls it."""
+def begin(out: Path, run: Run, tokenizer: Path) -> IO[str]:
+    """Makes the directory of a run, or takes up a resumed one with the settings of now; one rank calls it.
+
+    The run keeps its own copy of the vocabulary. Returns the lock: while it is open, no other process trains there.
+    Raises UserError where one does.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    save_run(run, out / "run.json")
+    lock = _lock(out / "lock")
+    kept = (out / "tokenizer.model").absolute()
+    if not kept.exists():
+        temporary = kept.with_suffix(".tmp")
+        shutil.copyfile(tokenizer, temporary)
+        temporary.replace(kept)
+    save_run(run.model_copy(update={"data": run.data.model_copy(update={"tokenizer": str(kept)})}), out / "run.json")
     (out / ENDED).unlink(missing_ok=True)
+    return lock
+
+
+def _lock(path: Path) -> IO[str]:
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{path.parent} is being trained by {file.read().strip() or 'another process'}") from None
+    except OSError:
+        return file  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def note_end(out: Path, *, step: int, signal: int) -> None:

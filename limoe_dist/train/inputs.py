@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
-from limoe_dist.data.manifest import Manifest, sha256_of
+from limoe_dist.data.manifest import sha256_of, verify_shards
 from limoe_dist.data.tokenizer import Tokenizer, normalised, open_tokenizer
 from limoe_dist.eval.classes import ClassNames, classes_of_run, concepts_of
 from limoe_dist.parallel.collectives import all_or_none
@@ -44,7 +42,8 @@ def _open(run: Run, mesh: Mesh) -> Inputs:
     validation = ShardSet(run.data.validation) if run.data.validation else None
     for shards in (train, validation):
         if shards is not None:
-            _verify(shards.manifest, shards.path.parent, mesh)
+            verify_shards(shards.manifest, shards.folder, rank=mesh.rank, world=mesh.world.size)
+            shards.open_all()
     tokenizer = open_tokenizer(run, train.manifest, train.path.parent)
     checksums = "".join(shard.sha256 for shard in train.manifest.shards)
     return Inputs(
@@ -61,12 +60,3 @@ def _classes(run: Run, train: ShardSet, validation: ShardSet) -> list[ClassNames
     if not any(normalised(concept) for concept in concepts_of(validation)):
         return None
     return classes_of_run(run, train, validation)
-
-
-def _verify(manifest: Manifest, folder: Path, mesh: Mesh) -> None:
-    for shard in manifest.shards[mesh.rank :: mesh.world.size]:
-        if sha256_of(folder / shard.file) != shard.sha256:
-            raise UserError(
-                f"{folder / shard.file}: its checksum is not the one in the manifest: "
-                "the shard was changed after packing; pack again or copy it again"
-            )

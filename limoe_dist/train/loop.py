@@ -51,11 +51,14 @@ def train(
         optimizer = AdamW(model, run.optim)
         restart = Restart(run, out, model, optimizer, inputs, mesh, device)
         first_step = restart.restore() if resume else 0
+        lock = None
         with all_or_none(mesh.world, device):
             if mesh.rank == 0:
-                begin(out, run)
+                lock = begin(out, run, inputs.tokenizer.path)
             log = Log(out, run, first_step=first_step, writes=mesh.rank == 0)
         display = Display(steps=run.train.steps, first_step=first_step, shows=mesh.rank == 0)
+        if resume:
+            display.say(f"going on from step {first_step}" if first_step else "no checkpoint yet: beginning at step 0")
         window = Window(run, mesh, device)
         step, saved, signal = first_step, first_step, 0
         end = min(run.train.steps, stop_after or run.train.steps)
@@ -103,8 +106,9 @@ def train(
         finally:
             display.close()
             log.close()
-    if mesh.rank == 0:
-        note_end(out, step=step, signal=signal)
+        if lock is not None:
+            note_end(out, step=step, signal=signal)
+            lock.close()
     return Outcome(step=step, signal=signal)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from limoe_dist.analysis.examples import Example, Examples, FoundText, Picture
 from limoe_dist.config.presets import preset
-from limoe_dist.config.schema import Data
+from limoe_dist.config.schema import Data, Eval
 from tests.analysis.lines import Parsed, evaluation_line, metrics_line, page_of
 from tests.support.shards import write_shards
 
@@ -82,7 +82,9 @@ def test_missing_pieces_say_what_to_run(tmp_path: Path) -> None:
     assert "limoe eval zeroshot --run runs/first --data MANIFEST" in text
     assert "Train with --data.validation MANIFEST --eval.every-steps N" in text
     assert "run limoe report again" in text
-    with_validation = preset("tiny").model_copy(update={"data": Data(validation="nowhere/manifest.json")})
+    with_validation = preset("tiny").model_copy(
+        update={"data": Data(validation="nowhere/manifest.json"), "eval": Eval(every_steps=0)}
+    )
     text = Parsed(page_of(tmp_path, LINES, run=with_validation)).text
     assert "eval.every_steps=0 the first comes at the end of the run" in text
     assert "nowhere/manifest.json: cannot be read" in text

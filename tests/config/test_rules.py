@@ -73,12 +73,12 @@ BROKEN = {
     "tp must divide the ranks": (
         {"parallel.tp": 4},
         2,
-        "parallel.tp=4 must divide the number of ranks, 2: use 1 or 2",
+        "parallel.tp=4 must divide the number of ranks, 2: use 1 or 2, or another number of ranks",
     ),
     "ep must divide the ranks": (
         {"parallel.ep": 4},
         2,
-        "parallel.ep=4 must divide the number of ranks, 2: use 1 or 2",
+        "parallel.ep=4 must divide the number of ranks, 2: use 1 or 2, or another number of ranks",
     ),
     "ep must divide the experts": (
         {"parallel.ep": 4, "moe.num_experts": 6, "moe.min_image_experts": 5.0},

@@ -250,7 +250,7 @@ def test_shards_of_somebody_else_are_refused(tmp_path):
     shutil.copytree(out, tmp_path / "foreign")
     for name in ("pack.json", "manifest.json"):
         (tmp_path / "foreign" / name).unlink()
-    with pytest.raises(UserError, match="other inputs"):
+    with pytest.raises(UserError, match="not shards of ours"):
         run([source], tmp_path / "foreign")
 
 
@@ -280,6 +280,6 @@ def test_two_sources_of_one_name_are_refused_and_nothing_is_lost(tmp_path):
 def test_a_file_of_the_user_is_not_removed(tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="give a new folder"):
         run([simple_source(tmp_path / "src")], tmp_path / "out")
     assert (tmp_path / "out" / name).read_text() == "mine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -63,5 +64,7 @@ def test_a_finished_set_up_is_done_again_only_for_other_requirements_or_another_
     assert subprocess.run(again, cwd=moved, capture_output=True).returncode == 2
     (moved / ".venv" / ".installed").write_text(f"{moved}\n")
     assert subprocess.run(again, cwd=moved, capture_output=True).returncode == 0
-    (moved / "requirements.txt").touch()
+    # A clock tick may not pass between the two files: the later time is set, not waited for.
+    later = (moved / ".venv" / ".installed").stat().st_mtime + 10
+    os.utime(moved / "requirements.txt", (later, later))
     assert subprocess.run(again, cwd=moved, capture_output=True).returncode == 2

@@ -161,7 +161,7 @@ def test_mistakes_end_in_one_line_with_status_2_before_anything_starts(tmp_path:
     common = ["--data", str(data), "--out", str(out)]
     cases = {
         'unknown preset "tinny"; did you mean "tiny"?': ["tinny", *common],
-        "parallel.ep=3 must divide the number of ranks, 2: use 1 or 2": [
+        "parallel.ep=3 must divide the number of ranks, 2: use 1 or 2, or another number of ranks": [
             "tiny", *common, "--ranks", "2", "--parallel.ep", "3",
         ],
         "train.batch_pairs=100 must be a multiple of 1 rank * moe.group_pairs=32 = 32: use 96 or 128": [

@@ -16,7 +16,7 @@ from limoe_dist.checkpoint.storage import latest_checkpoint
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Checkpoint, Data, Eval, Log, Parallel, Run
 from limoe_dist.parallel.mesh import Mesh
-from limoe_dist.train.folder import Ended, read_end
+from limoe_dist.train.folder import Ended, begin, read_end
 from limoe_dist.train.loop import Outcome, train
 from tests.support.cases import small_run
 from tests.support.ranks import RanksPool
@@ -100,7 +100,10 @@ def test_metrics_tell_what_the_issue_of_a_run_needs(ranks2: RanksPool, tmp_path:
     )
     assert line["loss"] == pytest.approx(line["contrastive"] + line["aux"])
     assert list((out / "tensorboard").iterdir())
-    assert Run.model_validate_json((out / "run.json").read_text()) == run_on(data, steps=8)
+    kept, asked = Run.model_validate_json((out / "run.json").read_text()), run_on(data, steps=8)
+    # The run has its own copy of the vocabulary; all else is as asked.
+    assert kept.data.tokenizer == str(out / "tokenizer.model")
+    assert kept.model_copy(update={"data": asked.data}) == asked
 
 
 def test_one_process_trains_as_two_ranks_do(ranks2: RanksPool, tmp_path: Path, data: Path) -> None:
@@ -132,6 +135,17 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
     assert outcomes[0].signal == signal.SIGTERM
     assert 0 < outcomes[0].step < 5000
     assert latest_checkpoint(out).name == f"step-{outcomes[0].step:08d}"
+
+
+def test_a_directory_in_which_a_run_trains_is_refused(tmp_path: Path, data: Path) -> None:
+    run, out = run_on(data), tmp_path / "run"
+    alone(run, out)
+    with (
+        begin(out, run, data.parent / "tokenizer.model"),
+        pytest.raises(UserError, match="is being trained by process"),
+    ):
+        alone(run, out, resume=True)
+    assert alone(run, out, resume=True) == Outcome(1, 0)
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path: Path, data: Path) -> None:
