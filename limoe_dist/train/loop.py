@@ -103,12 +103,13 @@ def train(
                 window.restart_clock()
                 if last:
                     break
+            if mesh.rank == 0:
+                note_end(out, step=step, signal=signal)
         finally:
             display.close()
             log.close()
-        if lock is not None:
-            note_end(out, step=step, signal=signal)
-            lock.close()
+            if lock is not None:
+                lock.close()
     return Outcome(step=step, signal=signal)
 
 
