@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.data.manifest import COLUMNS, load_manifest, verify_shards
+from limoe_dist.data.manifest import COLUMNS, load_manifest
 
 _TYPES = {
     "key": (pa.string(),),
@@ -47,14 +47,12 @@ class Row:
 class ShardSet:
     """All rows of a manifest. Shards are opened at first use and stay mapped; for one thread at a time."""
 
-    def __init__(self, manifest_path: Path | str, *, verify: bool = False) -> None:
-        """verify: compare all checksums first (reads every byte). Raises UserError as `load_manifest` does."""
+    def __init__(self, manifest_path: Path | str) -> None:
+        """Raises UserError as `load_manifest` does; checksums are compared by `verify_shards`."""
         path = Path(manifest_path)
         self.path = path / "manifest.json" if path.is_dir() else path
         self.manifest = load_manifest(self.path)
         self.folder = self.path.parent
-        if verify:
-            verify_shards(self.manifest, self.folder)
         self._first_rows = np.concatenate([[0], np.cumsum([shard.rows for shard in self.manifest.shards])])
         self._shards: dict[int, _Shard] = {}
 

@@ -7,6 +7,8 @@ RUN/evaluations.jsonl     one line for each evaluation in training
 RUN/positions.jsonl       which positions of the data order were consumed
 RUN/tensorboard/          the same figures for TensorBoard
 RUN/checkpoints/          step-NNNNNNNN, see limoe_dist/checkpoint/storage.py
+RUN/ended.json            step and signal of a run that ended by itself, with a checkpoint
+RUN/lock                  held while a process trains here
 """
 
 from __future__ import annotations

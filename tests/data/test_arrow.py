@@ -8,7 +8,7 @@ import pytest
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.data.arrow import ShardSet
-from limoe_dist.data.manifest import load_manifest, save_manifest, sha256_of
+from limoe_dist.data.manifest import load_manifest, save_manifest, sha256_of, verify_shards
 from tests.support.shards import picture, write_shards
 
 
@@ -28,7 +28,7 @@ def table_of(path: Path) -> pa.Table:
 
 def test_every_row_is_found_by_its_number(tmp_path: Path) -> None:
     # 25 rows in 3 shards of 9, 8 and 8, in record batches of 7: every kind of edge.
-    shards = ShardSet(write_shards(tmp_path, rows=25, shards=3), verify=True)
+    shards = ShardSet(write_shards(tmp_path, rows=25, shards=3))
     assert len(shards) == 25
     for number in (24, 0, 6, 7, 8, 9, 16, 17, 23, 3):
         row = shards.row(number)
@@ -70,14 +70,18 @@ def test_blank_captions_are_left_out(tmp_path: Path) -> None:
     assert [shards.row(i).captions for i in range(3)] == [("a cat",), (), ()]
 
 
-def test_a_tampered_shard_fails_its_checksum(tmp_path: Path) -> None:
-    path = write_shards(tmp_path, rows=12, shards=2)
+def test_a_tampered_shard_fails_its_checksum_on_the_rank_that_reads_it(tmp_path: Path) -> None:
+    manifest = load_manifest(write_shards(tmp_path, rows=12, shards=2))
+    verify_shards(manifest, tmp_path)
     file = tmp_path / "shard-00001.arrow"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"shard-00001\.arrow: its checksum is not .* was changed after packing"):
-        ShardSet(path, verify=True)
+        verify_shards(manifest, tmp_path)
+    verify_shards(manifest, tmp_path, rank=0, world=2)
+    with pytest.raises(UserError, match="shard-00001"):
+        verify_shards(manifest, tmp_path, rank=1, world=2)
 
 
 def test_missing_and_cut_shards_are_named(tmp_path: Path) -> None:
