@@ -78,10 +78,19 @@ def save_run(run: Run, path: Path) -> None:
     write_atomically(path, run.model_dump_json(indent=2) + "\n")
 
 
+_INDIFFERENT = {
+    "train": ("stop_grace_s", "microbatch_pairs", "recompute", "contrastive_chunk"),
+    "optim": ("engine", "zero_stage", "offload"),
+}
+"""Settings of decisive sections that change memory and speed, and the gradient in its last bits only."""
+
+
 def decisive(run: Run) -> dict[str, Any]:
     """The settings that decide a run's results, by dotted name: not paths, layout, logging or saving."""
     content = run.model_dump(mode="json", exclude={"preset", "data", "parallel", "log", "checkpoint", "eval"})
-    content["train"].pop("stop_grace_s")
+    for section, names in _INDIFFERENT.items():
+        for name in names:
+            content[section].pop(name)
     return {f"{section}.{name}": value for section, fields in content.items() for name, value in fields.items()}
 
 

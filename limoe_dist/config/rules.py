@@ -16,7 +16,7 @@ class ConfigError(UserError):
 
 def check(run: Run, *, world: int | None = None) -> None:
     """Raises ConfigError with every broken rule of the run, and of its layout where `world` (ranks) is given."""
-    problems = [*_model(run), *_moe(run), *_schedule(run)]
+    problems = [*_model(run), *_moe(run), *_schedule(run), *_engine(run)]
     if world is not None:
         problems += _layout(run, world)
     if problems:
@@ -95,6 +95,27 @@ def _schedule(run: Run) -> list[str]:
     return []
 
 
+def _engine(run: Run) -> list[str]:
+    optim, problems = run.optim, []
+    if optim.engine == "native":
+        if optim.zero_stage == 2:
+            problems.append("optim.zero_stage=2 needs optim.engine=deepspeed: the native engine has stage 1")
+        if optim.offload:
+            problems.append("optim.offload needs optim.engine=deepspeed: the native engine keeps its state on the device")
+        return problems
+    if optim.name != "adamw":
+        problems.append(
+            f"optim.engine=deepspeed cannot run optim.name={optim.name}: its ZeRO gives the optimizer flat partitions, "
+            "without the rows and columns of a matrix: use optim.name=adamw, or optim.engine=native"
+        )
+    if run.parallel.tp > 1:
+        problems.append(
+            f"optim.engine=deepspeed cannot run parallel.tp={run.parallel.tp}: its ZeRO takes the ranks of a tp group, "
+            "which hold different weights, for replicas: use parallel.tp=1, or optim.engine=native"
+        )
+    return problems
+
+
 def _layout(run: Run, world: int) -> list[str]:
     if world < 1:
         return [f"{world} ranks cannot train: use 1 or more"]
@@ -135,4 +156,19 @@ def _layout(run: Run, world: int) -> list[str]:
         problems.append(
             f"train.batch_pairs={run.train.batch_pairs} must be a multiple of {unit_text} = {unit}: use {fits}"
         )
+    else:
+        problems += _microbatch(run, run.train.batch_pairs // world)
     return problems
+
+
+def _microbatch(run: Run, pairs: int) -> list[str]:
+    """pairs: those of a rank."""
+    asked, unit = run.train.microbatch_pairs, run.moe.group_pairs if run.moe.blocks else 1
+    if asked == 0 or (pairs % asked == 0 and asked % unit == 0):
+        return []
+    fitting = [d for d in divisors(pairs) if d % unit == 0]
+    group = f" and a multiple of moe.group_pairs={unit}" if unit > 1 else ""
+    return [
+        f"train.microbatch_pairs={asked} must divide the {pairs} pairs of a rank{group}: "
+        f"use {_choices(fitting)}, or 0 for all at once"
+    ]

@@ -133,16 +133,28 @@ class Data(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor: big_vision's, with factored second moments and a full first one, as the paper's group trains."""
+    engine: Literal["native", "deepspeed"] = "native"
+    """Who sums gradients and keeps the optimizer's state: this project's ZeRO-1, or DeepSpeed (parallel.tp=1, adamw)."""
+    zero_stage: Literal[1, 2] = 1
+    """ZeRO stage: 1 cuts the optimizer's state over the replicas; 2, with optim.engine=deepspeed, gradients too."""
+    offload: bool = False
+    """Keep the optimizer's state in the CPU's memory; with optim.engine=deepspeed."""
     lr: Positive = 1e-3
     """Peak learning rate."""
     beta1: BelowOne = 0.9
     """Decay of the first moment."""
     beta2: BelowOne = 0.98
-    """Decay of the second moment."""
+    """adamw: decay of the second moment."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """adamw: added to the root of the second moment."""
+    decay_exponent: Positive = 0.8
+    """adafactor: the second moment's decay at step t, from 0, is min(max_decay, 1 - (t + 1) ** -decay_exponent)."""
+    max_decay: BelowOne = 0.999
+    """adafactor: the largest decay of the second moment."""
+    min_factored_dim: Count = 32
+    """adafactor: a matrix is factored where both of its dims are at least this long."""
     weight_decay: NotNegative = 1e-4
     """Decoupled decay of kernels (matrices), times the learning rate; biases, norms, tables and positions have none."""
     clip_norm: Positive = 1.0
@@ -162,6 +174,14 @@ class Parallel(Section):
     """Ranks that share one set of experts (expert parallel); divides moe.num_experts."""
     reduce_dtype: Literal["fp32", "fp64"] = "fp32"
     """Type in which gradients are summed over ranks; with train.dtype fp64 always fp64."""
+    bucket_mb: Positive = 64.0
+    """Gradients are summed in buckets of about this many megabytes, in a fixed order."""
+    overlap: bool = True
+    """Sum the buckets that are full while the backward pass goes on."""
+    kernels: Literal["auto", "torch", "apex"] = "auto"
+    """Fused optimizer and layer norm. auto: NVIDIA's apex on a GPU where it is installed, else torch's."""
+    start_timeout_s: Positive = 300.0
+    """Seconds in which all ranks must have come at the start; those that have not are named."""
     timeout_s: Positive = 600.0
     """Seconds after which a collective that some rank did not join ends the run."""
     threads: Count = 1
@@ -176,7 +196,15 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initial values, router noise, data order and augmentation."""
     dtype: Literal["auto", "fp32", "fp64", "bf16"] = "auto"
-    """Arithmetic of the blocks; router and losses are at least fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Weights and arithmetic of the blocks; router, norms, temperature and losses are at least fp32, and so are the
+    optimizer's copies of all weights. auto: bf16 on a GPU, fp32 on a CPU."""
+    microbatch_pairs: CountOrZero = 0
+    """Pairs of a rank whose activations are kept at once; 0: all of them. The gradient stays that of the whole batch:
+    every pair is embedded once more than without. A multiple of moe.group_pairs that divides the pairs of a rank."""
+    recompute: bool = False
+    """Keep the input of each block alone and compute its activations again in the backward pass."""
+    contrastive_chunk: CountOrZero = 0
+    """Columns of the contrastive logits that are in memory at once; 0: all (pairs of the rank x batch_pairs)."""
     stop_grace_s: Positive = 120.0
     """Seconds that the launcher of `--ranks` waits, after a signal, for the final checkpoint."""
 
