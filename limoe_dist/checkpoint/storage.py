@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from limoe_dist.checkpoint.logical import Shard, model_shards
+from limoe_dist.checkpoint.logical import model_shards
 from limoe_dist.checkpoint.manifest import (
     NAME,
     CheckpointManifest,
@@ -35,6 +35,7 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import parse_model
 from limoe_dist.parallel.collectives import all_or_none, max_over
 from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.parallel.placement import Shard
 
 
 class State(BaseModel):
@@ -255,7 +256,9 @@ def load(checkpoint: Path, shards: dict[str, Shard], mesh: Mesh) -> None:
         raise UserError(f"{checkpoint} belongs to another model: it {problems[0]}{more}")
     with torch.no_grad():
         for name, shard in shards.items():
-            shard.tensor.copy_(reader.read(name, shard.start, tuple(shard.tensor.shape)))
+            # Where there are more ranks than rows, the last ones hold nothing of a tensor.
+            if shard.tensor.numel():
+                shard.tensor.copy_(reader.read(name, shard.start, tuple(shard.tensor.shape)))
 
 
 def load_weights(checkpoint: Path, model: nn.Module, mesh: Mesh) -> None:

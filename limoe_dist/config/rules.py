@@ -101,7 +101,9 @@ def _engine(run: Run) -> list[str]:
         if optim.zero_stage == 2:
             problems.append("optim.zero_stage=2 needs optim.engine=deepspeed: the native engine has stage 1")
         if optim.offload:
-            problems.append("optim.offload needs optim.engine=deepspeed: the native engine keeps its state on the device")
+            problems.append(
+                "optim.offload needs optim.engine=deepspeed: the native engine keeps its state on the device"
+            )
         return problems
     if optim.name != "adamw":
         problems.append(

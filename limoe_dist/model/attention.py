@@ -23,9 +23,10 @@ class Attention(nn.Module):
         head_dim = width // heads
         # q, k and v in one matrix product; cut over tp by heads, so that each rank attends with whole heads.
         init = Init.xavier(width, width)
-        self.qkv_weight = make_parameter(Placement((3, heads, head_dim, width), init, "tp", 1, decay=True), mesh)
-        self.qkv_bias = make_parameter(Placement((3, heads, head_dim), ZEROS, "tp", 1), mesh)
-        self.out = RowParallelLinear(width, width, mesh=mesh, weight_init=init, bias_init=ZEROS)
+        weight = Placement((3, heads, head_dim, width), init, "tp", 1, decay=True, stacked=1)
+        self.qkv_weight = make_parameter(weight, mesh)
+        self.qkv_bias = make_parameter(Placement((3, heads, head_dim), ZEROS, "tp", 1, stacked=1), mesh)
+        self.out = RowParallelLinear((heads, head_dim), width, mesh=mesh, weight_init=init, bias_init=ZEROS)
 
     def forward(self, x_TD: Tensor, layout: TokenLayout) -> Tensor:
         """(T, D) -> (T, D); masked padding is seen by no token."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from limoe_dist.config.schema import Run
 from limoe_dist.model.attention import Attention
 from limoe_dist.model.embed import LayerNorm
-from limoe_dist.model.moe_layer import MoeLayer, MoeRecord, RoutingMode
+from limoe_dist.model.moe_layer import MoeLayer, MoeRecord, Routes, RoutingMode
 from limoe_dist.model.tokens import TokenLayout
 from limoe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, gather_tokens
 from limoe_dist.parallel.mesh import Mesh
@@ -43,9 +43,11 @@ class Block(nn.Module):
         else:
             self.mlp = Mlp(width=width, hidden=run.model.mlp_dim, mesh=mesh)
 
-    def forward(self, x_TD: Tensor, layout: TokenLayout, mode: RoutingMode) -> tuple[Tensor, MoeRecord | None]:
+    def forward(
+        self, x_TD: Tensor, layout: TokenLayout, mode: RoutingMode, routes: Routes
+    ) -> tuple[Tensor, MoeRecord | None]:
         x_TD = x_TD + self.attention(self.norm1(x_TD), layout)
         if not hasattr(self, "moe"):
             return x_TD + self.mlp(self.norm2(x_TD)), None
-        expert_TD, record = self.moe(self.norm2(x_TD), layout, mode)
+        expert_TD, record = self.moe(self.norm2(x_TD), layout, mode, routes)
         return x_TD + expert_TD, record

@@ -19,11 +19,12 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int, *, mesh: Mesh) -> None:
         super().__init__()
-        self.weight = make_parameter(Placement((width,), ONES), mesh)
-        self.bias = make_parameter(Placement((width,), ZEROS), mesh)
+        self.weight = make_parameter(Placement((width,), ONES, wide=True), mesh)
+        self.bias = make_parameter(Placement((width,), ZEROS, wide=True), mesh)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, eps=1e-6)
+        """(..., D) -> (..., D), in the type of its own weights: at least float32."""
+        return F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, self.bias, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from limoe_dist.config.presets import threshold
 from limoe_dist.config.schema import Moe, Run
 from limoe_dist.equations import aux_losses
-from limoe_dist.equations.dispatch import combine, dispatch, index_slots
-from limoe_dist.equations.routing import Choices, capacity, kept, service_order, slots, top_k
+from limoe_dist.equations.dispatch import SlotIndex, combine, dispatch, index_slots
+from limoe_dist.equations.routing import capacity, kept, service_order, slots, top_k
 from limoe_dist.model.tokens import TokenLayout
 from limoe_dist.parallel import counter_rng
 from limoe_dist.parallel.collectives import all_to_all_rows, max_over
@@ -35,10 +35,27 @@ class RoutingMode:
     seed: int = 0
     step: int = 0
     first_group: int = 0
-    """Global number of this rank's first routing group: noise belongs to the group, not to the rank."""
+    """Global number of the first routing group given: noise belongs to the group, not to the rank."""
+    aux: bool = True
+    """Whether training computes the auxiliary losses: not where a pass only embeds and is replayed later."""
 
 
 EVALUATION = RoutingMode(training=False)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who is served by which expert in one MoE block. A replay takes it as it is: a last bit must not move a token."""
+
+    expert_GSK: Tensor
+    """(G, S, K) int64."""
+    kept_GSK: Tensor
+    """(G, S, K) bool: the choices that got a slot."""
+    index: SlotIndex
+
+
+Routes = dict[int, Route]
+"""The decisions of one forward pass, by block number. A block that finds its route follows it; else it adds its own."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +81,29 @@ class MoeLayer(nn.Module):
         self.index = index
         self.ep = mesh.ep
         width, experts = run.model.width, run.moe.num_experts
-        self.router = make_parameter(Placement((width, experts), Init.lecun(width), decay=True), mesh)
+        self.router = make_parameter(Placement((width, experts), Init.lecun(width), decay=True, wide=True), mesh)
         self.experts = Experts(width=width, hidden=run.model.mlp_dim, num_experts=experts, mesh=mesh)
 
-    def forward(self, x_TD: Tensor, layout: TokenLayout, mode: RoutingMode) -> tuple[Tensor, MoeRecord]:
+    def forward(self, x_TD: Tensor, layout: TokenLayout, mode: RoutingMode, routes: Routes) -> tuple[Tensor, MoeRecord]:
         """(T, D) -> (T, D): the gated sum of each token's experts; zero where all its choices were dropped."""
-        clean_GSE, noisy_GSE = self._logits(x_TD, layout, mode)
-        choices = top_k(noisy_GSE.softmax(-1), self.moe.top_k)
-        valid_GS = layout.valid_GS
+        clean_GSE, noisy_GSE = self.logits(x_TD, layout, mode)
+        gates_GSE = noisy_GSE.softmax(-1)
+        if self.index not in routes:
+            # Without a graph: a recomputed block, which finds its route, must save the same tensors.
+            with torch.no_grad():
+                routes[self.index] = self._decide(gates_GSE, layout, mode)
+        route = routes[self.index]
+        weight_GSK = gates_GSE.gather(-1, route.expert_GSK)
+        # The exchange and the experts run in the autocast type, the router above does not.
+        if torch.is_autocast_enabled(x_TD.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
+        buffer_RD = self.experts(dispatch(x_TD, route.index))
+        out_TD = combine(buffer_RD, _flat(weight_GSK, layout), route.index)
+        losses = self._losses(clean_GSE, noisy_GSE, layout) if mode.training and mode.aux else {}
+        return out_TD, self._record(losses, clean_GSE, route, layout)
+
+    def _decide(self, gates_GSE: Tensor, layout: TokenLayout, mode: RoutingMode) -> Route:
+        choices, valid_GS = top_k(gates_GSE, self.moe.top_k), layout.valid_GS
         order_GS = service_order(choices.weight_GSK[..., 0], valid_GS, order=self.moe.order)
         slot_GSK = slots(choices.expert_GSK, order_GS, valid_GS, num_experts=self.moe.num_experts)
         slots_C = self._capacity(slot_GSK, valid_GS, layout, mode)
@@ -84,15 +116,9 @@ class MoeLayer(nn.Module):
             num_experts=self.moe.num_experts,
             capacity=slots_C,
         )
-        # The exchange and the experts run in the autocast type, the router above does not.
-        if torch.is_autocast_enabled(x_TD.device.type):
-            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
-        buffer_RD = self.experts(dispatch(x_TD, index))
-        out_TD = combine(buffer_RD, _flat(choices.weight_GSK, layout), index)
-        losses = self._losses(clean_GSE, noisy_GSE, layout) if mode.training else {}
-        return out_TD, self._record(losses, clean_GSE, choices, kept_GSK, layout)
+        return Route(choices.expert_GSK, kept_GSK, index)
 
-    def _logits(self, x_TD: Tensor, layout: TokenLayout, mode: RoutingMode) -> tuple[Tensor, Tensor]:
+    def logits(self, x_TD: Tensor, layout: TokenLayout, mode: RoutingMode) -> tuple[Tensor, Tensor]:
         """(G, S, E) clean and noisy logits, at least float32: gates in bf16 tie, and ties change who is served."""
         with torch.autocast(x_TD.device.type, enabled=False):
             kind = torch.promote_types(x_TD.dtype, torch.float32)
@@ -153,15 +179,14 @@ class MoeLayer(nn.Module):
         return {name: loss_G.sum() for name, loss_G in losses.items()}
 
     @torch.no_grad()
-    def _record(
-        self, losses: dict[str, Tensor], clean_GSE: Tensor, choices: Choices, kept_GSK: Tensor, layout: TokenLayout
-    ) -> MoeRecord:
+    def _record(self, losses: dict[str, Tensor], clean_GSE: Tensor, route: Route, layout: TokenLayout) -> MoeRecord:
+        kept_GSK = route.kept_GSK
         groups, tokens, _ = kept_GSK.shape
         text_S = torch.arange(tokens, device=clean_GSE.device) >= layout.group_image_tokens
         real_GS = layout.valid_GS
         if real_GS is None:
             real_GS = torch.ones(groups, tokens, dtype=torch.bool, device=clean_GSE.device)
-        cell_GSK = choices.expert_GSK * 2 + text_S.long()[:, None]
+        cell_GSK = route.expert_GSK * 2 + text_S.long()[:, None]
         count = torch.zeros(2, 2 * self.moe.num_experts, device=clean_GSE.device)
         count[0].scatter_add_(0, cell_GSK.flatten(), real_GS[..., None].expand_as(kept_GSK).flatten().float())
         count[1].scatter_add_(0, cell_GSK.flatten(), kept_GSK.flatten().float())
@@ -191,10 +216,14 @@ class Experts(nn.Module):
         super().__init__()
         self.ep: Axis = mesh.ep
         init, bias = Init.xavier(width, hidden), Init("normal", 1e-6)
-        self.up_weight = make_parameter(Placement((num_experts, width, hidden), init, "ep", 0, decay=True), mesh)
-        self.up_bias = make_parameter(Placement((num_experts, hidden), bias, "ep", 0), mesh)
-        self.down_weight = make_parameter(Placement((num_experts, hidden, width), init, "ep", 0, decay=True), mesh)
-        self.down_bias = make_parameter(Placement((num_experts, width), bias, "ep", 0), mesh)
+        self.up_weight = make_parameter(
+            Placement((num_experts, width, hidden), init, "ep", 0, decay=True, stacked=1), mesh
+        )
+        self.up_bias = make_parameter(Placement((num_experts, hidden), bias, "ep", 0, stacked=1), mesh)
+        self.down_weight = make_parameter(
+            Placement((num_experts, hidden, width), init, "ep", 0, decay=True, stacked=1), mesh
+        )
+        self.down_bias = make_parameter(Placement((num_experts, width), bias, "ep", 0, stacked=1), mesh)
 
     def forward(self, buffer_RD: Tensor) -> Tensor:
         """(E * G * C, D) -> (E * G * C, D), rows ordered by expert, then group, then slot."""

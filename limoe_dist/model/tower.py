@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from limoe_dist.config.schema import Run
 from limoe_dist.equations.contrastive import normalize
 from limoe_dist.model.block import Block
 from limoe_dist.model.embed import LayerNorm, PatchEmbed, TextEmbed
-from limoe_dist.model.moe_layer import AUX_LOSSES, EVALUATION, MoeRecord, RoutingMode
+from limoe_dist.model.moe_layer import AUX_LOSSES, EVALUATION, MoeRecord, Routes, RoutingMode
 from limoe_dist.model.tokens import TokenLayout
 from limoe_dist.parallel.mesh import Mesh
-from limoe_dist.parallel.placement import Init, Placement, initialise, make_parameter
+from limoe_dist.parallel.placement import Init, Placement, initialise, make_parameter, placement_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Limoe(nn.Module):
         projection = Placement((width, embed_dim), Init.lecun(width), decay=True)
         self.image_projection = make_parameter(projection, mesh)
         self.text_projection = make_parameter(projection, mesh)
-        self.log_scale = make_parameter(Placement((), Init("constant", -math.log(run.model.init_temperature))), mesh)
+        first_scale = Init("constant", -math.log(run.model.init_temperature))
+        self.log_scale = make_parameter(Placement((), first_scale, wide=True), mesh)
 
     def forward(
         self,
@@ -53,10 +55,12 @@ class Limoe(nn.Module):
         text_valid: Tensor | None = None,
         *,
         mode: RoutingMode = EVALUATION,
+        routes: Routes | None = None,
     ) -> TowerOutput:
         """images: (B, 3, size, size) float; tokens: (B, N) int64; text_valid: (B, N) bool, False at padding.
+        routes: decisions of an earlier pass over the same input to follow; those of blocks that have none are added.
 
-        Either may be None. In training both counts are multiples of moe.group_pairs.
+        Either input may be None. In training both counts are multiples of moe.group_pairs.
         Raises ValueError where nothing is given or the groups do not divide.
         """
         layout = self._layout(images, tokens, text_valid, mode)
@@ -67,8 +71,14 @@ class Limoe(nn.Module):
             parts.append(self.text_embed(tokens).flatten(0, 1))
         x_TD = torch.cat(parts) if len(parts) == 2 else parts[0]
         records = {}
+        routes = {} if routes is None else routes
         for index, block in enumerate(self.blocks):
-            x_TD, record = block(x_TD, layout, mode)
+            if self.run.train.recompute and torch.is_grad_enabled():
+                x_TD, record = checkpoint(
+                    block, x_TD, layout, mode, routes, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_TD, record = block(x_TD, layout, mode, routes)
             if record is not None:
                 records[index] = record
         image_BND, text_BND = layout.split(self.norm(x_TD))
@@ -141,19 +151,29 @@ def aux_loss(records: dict[int, MoeRecord], run: Run, *, global_groups: int) -> 
     return torch.stack(terms).sum() * (run.moe.aux_weight / (len(active) * global_groups))
 
 
+def uses_bf16(run: Run, device: torch.device) -> bool:
+    """Where train.dtype asks for it: bf16, and auto on a GPU."""
+    return run.train.dtype == "bf16" or (run.train.dtype == "auto" and device.type == "cuda")
+
+
 def autocast(run: Run, device: torch.device) -> torch.autocast:
-    """bf16 for the blocks where train.dtype asks for it: bf16, and auto on a GPU. Router and losses stay float32."""
-    bf16 = run.train.dtype == "bf16" or (run.train.dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    """bf16 arithmetic for the blocks where `uses_bf16`; router, norms and losses stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(run, device))
 
 
 def build_model(run: Run, *, mesh: Mesh, device: torch.device) -> Limoe:
-    """The model with its first values on the device, float64 where train.dtype asks for it; on meta without values."""
+    """The model with its first values on the device; on meta without values.
+
+    Its weights are bfloat16, but for the `wide` ones, where `uses_bf16`; float64 where train.dtype is fp64; or float32.
+    """
     with torch.device(device):
         model = Limoe(run, mesh=mesh)
-    if run.train.dtype == "fp64":
-        # .double() changes the data of the Parameter objects and keeps the objects, so their tags stay.
-        model = model.double()
+    for parameter in model.parameters():
+        # The data changes its type and the Parameter object stays, and with it the placement that it is tagged with.
+        if run.train.dtype == "fp64":
+            parameter.data = parameter.data.double()
+        elif uses_bf16(run, device) and not placement_of(parameter).wide:
+            parameter.data = parameter.data.bfloat16()
     if device.type != "meta":
         initialise(model, seed=run.train.seed, mesh=mesh)
     return model

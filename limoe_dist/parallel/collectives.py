@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -124,3 +125,28 @@ def all_or_none(axis: Axis, device: torch.device) -> Iterator[None]:
     except OSError as error:
         problems = [f"{error.filename or 'a file'}: {error.strerror or error}"]
     raise_together(problems, axis, device)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A collective that was started and goes on by itself."""
+
+    work: dist.Work
+
+    def wait(self) -> None:
+        self.work.wait()
+
+
+def start_reduce_scatter(out: Tensor, x: Tensor, axis: Axis) -> Pending:
+    """Starts the sum of `x` (size, n) over an axis of size > 1; row r arrives as `out` (n,) at rank r."""
+    work = dist.reduce_scatter_single(out, x.view(-1), group=axis.group, async_op=True)
+    assert work is not None
+    return Pending(work)
+
+
+def gather_into(out: Tensor, x: Tensor, axis: Axis) -> None:
+    """All-gather without a gradient: `x` (n,) of rank r becomes row r of `out` (size, n)."""
+    if axis.group is None:
+        out.view(-1).copy_(x)
+    else:
+        dist.all_gather_single(out.view(-1), x, group=axis.group)

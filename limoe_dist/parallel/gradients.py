@@ -2,90 +2,138 @@
 
 Every parameter is tagged with its Placement. Its gradient is SUMMED over the ranks that hold the same values (dense:
 world; cut over tp: dp; experts: edp), in parallel.reduce_dtype, in buckets of a fixed order; the loss is divided by the
-global batch already, so nothing is averaged. The global norm counts every logical element once.
+global batch already, so nothing is averaged. Each replica receives the sum of its own piece alone (pieces.py), so that
+over all ranks every logical element is there once: the global norm is a sum over the world.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from limoe_dist.parallel.collectives import sum_over
-from limoe_dist.parallel.mesh import Axis, Mesh
-from limoe_dist.parallel.placement import placement_of
-
-BUCKET_BYTES = 64 << 20
+from limoe_dist.parallel.collectives import Pending, start_reduce_scatter, sum_over
+from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.parallel.pieces import Bucket, make_buckets
 
 
-@torch.no_grad()
-def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh, *, dtype: torch.dtype) -> None:
-    """Sums every gradient over the ranks that replicate its parameter, in place; a missing gradient counts as zeros.
+@dataclass
+class _Filling:
+    """A bucket on its way from the backward passes of a step to its sum."""
 
-    A collective: all ranks call it with the same parameters in the same order.
+    bucket: Bucket
+    rows_nL: Tensor
+    """This rank's gradients, added up over microbatches; row r goes to replica r."""
+    sum_L: Tensor
+    """The sum over the replicas, of this rank's pieces."""
+    given: list[bool]
+    """Which parameters have a gradient so far in this step."""
+    awaited: int
+    """Parameters whose gradient the last backward pass has not brought yet."""
+    pending: Pending | None = None
+
+
+class Gradients:
+    """Collects the gradients of a model's backward passes and sums them over its replicas.
+
+    Hooks take each parameter's gradient as soon as it is there, so that `parameter.grad` is None outside. In the last
+    backward pass of a step a bucket leaves as soon as it and all before it are full, while the pass goes on.
     """
-    by_axis: dict[str, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.grad is None:
-            # A rank without a gradient still takes part: else the others would wait for it.
-            parameter.grad = torch.zeros_like(parameter)
-        by_axis.setdefault(placement_of(parameter).replicas(mesh).name, []).append(parameter)
-    for name in sorted(by_axis):
-        axis: Axis = getattr(mesh, name)
-        if axis.group is not None:
-            for bucket in _buckets(by_axis[name], dtype):
-                _sum_bucket([parameter.grad for parameter in bucket], axis, dtype)
+
+    def __init__(
+        self, model: nn.Module, mesh: Mesh, *, dtype: torch.dtype, bucket_bytes: float, overlap: bool = True
+    ) -> None:
+        """dtype: of sums over microbatches and ranks."""
+        self.mesh, self.overlap = mesh, overlap
+        self.buckets = make_buckets(model.named_parameters(), mesh, numbers=bucket_bytes / dtype.itemsize)
+        self._fillings = [_filling(bucket, dtype) for bucket in self.buckets]
+        self._left = 0
+        self._last = False
+        for filling in self._fillings:
+            rows = filling.bucket.rows(filling.rows_nL)
+            for number, piece in enumerate(filling.bucket.pieces):
+                take = partial(self._take, filling, number, rows[number])
+                piece.parameter.register_post_accumulate_grad_hook(take)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """(L,) for each bucket: the sums of this rank's pieces, whole after `finish`."""
+        return [filling.sum_L for filling in self._fillings]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradients of a loss to those of this step; in the last pass the sums over ranks begin."""
+        self._last = last and self.overlap
+        loss.backward()
+        self._last = False
+
+    def _take(self, filling: _Filling, number: int, rows: Tensor, parameter: nn.Parameter) -> None:
+        """A parameter's gradient goes into its bucket: the first of a step overwrites what the step before left."""
+        assert parameter.grad is not None
+        for part, row in filling.bucket.pieces[number].match(parameter.grad, rows):
+            if filling.given[number]:
+                row += part
+            else:
+                row.copy_(part)
+        filling.given[number] = True
+        parameter.grad = None
+        if self._last:
+            filling.awaited -= 1
+            self._send(lambda next_one: next_one.awaited == 0)
+
+    def _send(self, ready: Callable[[_Filling], bool]) -> None:
+        """Buckets leave in their fixed order, on every rank, whatever the order in which they fill."""
+        while self._left < len(self._fillings) and ready(self._fillings[self._left]):
+            filling = self._fillings[self._left]
+            rows = filling.bucket.rows(filling.rows_nL)
+            for number, given in enumerate(filling.given):
+                if not given:
+                    # No token came here, or the modality is absent: zeros, and nobody waits.
+                    rows[number].zero_()
+            if filling.bucket.replicas.size > 1:
+                filling.pending = start_reduce_scatter(filling.sum_L, filling.rows_nL, filling.bucket.replicas)
+            self._left += 1
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Sends what the backward pass did not fill, and waits until every sum is there. A collective."""
+        self._send(lambda _: True)
+        for filling in self._fillings:
+            if filling.pending is not None:
+                filling.pending.wait()
+                filling.pending = None
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """The length of the whole gradient, a float64 scalar, the same on every rank and in every layout."""
+        # float64: the order of shards must not show in the norm, and clipping hangs on it.
+        lengths = [torch.linalg.vector_norm(sum_L, dtype=torch.float64) for sum_L in self.sums]
+        return sum_over(torch.stack(lengths).square().sum(), self.mesh.world).sqrt()
+
+    @torch.no_grad()
+    def clip(self, norm: Tensor, *, max_norm: float) -> None:
+        """Scales all sums by min(1, max_norm / norm), without asking the device for the number."""
+        factor = (max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
+        torch._foreach_mul_(self.sums, factor.to(self.sums[0].dtype))
+
+    def clear(self) -> None:
+        """Makes room for the gradients of the next step."""
+        self._left = 0
+        for filling in self._fillings:
+            filling.given = [False] * len(filling.given)
+            filling.awaited = len(filling.given)
 
 
-def _buckets(parameters: list[nn.Parameter], dtype: torch.dtype) -> Iterable[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        bucket.append(parameter)
-        size += parameter.numel() * dtype.itemsize
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
-
-
-def _sum_bucket(grads: list[Tensor | None], axis: Axis, dtype: torch.dtype) -> None:
-    present = [grad for grad in grads if grad is not None]
-    flat = torch.cat([grad.flatten().to(dtype) for grad in present])
-    dist.all_reduce(flat, group=axis.group)
-    for grad, part in zip(present, flat.split([grad.numel() for grad in present]), strict=True):
-        grad.copy_(part.view_as(grad))
-
-
-@torch.no_grad()
-def global_grad_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
-    """The length of the whole gradient, a scalar of at least float32, the same on every rank and in every layout.
-
-    Reduced gradients are equal on all replicas: each rank squares its own shard, and shards are added over their axis.
-    """
-    squares: dict[str | None, list[Tensor]] = {None: [], "tp": [], "ep": []}
-    for parameter in parameters:
-        assert parameter.grad is not None, "reduce_gradients comes first"
-        squares[placement_of(parameter).axis].append(_sum_of_squares(parameter.grad))
-    total = torch.zeros((), device=next(t for ts in squares.values() for t in ts).device, dtype=torch.float64)
-    for name, parts in squares.items():
-        if parts:
-            part = torch.stack(parts).sum()
-            total += part if name is None else sum_over(part, getattr(mesh, name))
-    return total.sqrt()
-
-
-def _sum_of_squares(grad: Tensor) -> Tensor:
-    # float64 for the sum: the order of shards must not show in the norm, and clipping hangs on it.
-    return grad.double().square().sum()
-
-
-@torch.no_grad()
-def clip_by_norm(parameters: Iterable[nn.Parameter], norm: Tensor, *, max_norm: float) -> None:
-    """Scales all gradients by min(1, max_norm / norm), without asking the device for the number."""
-    factor = (max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+def _filling(bucket: Bucket, dtype: torch.dtype) -> _Filling:
+    device, size = bucket.pieces[0].parameter.device, bucket.replicas.size
+    # Zeros: padding is never written again.
+    rows_nL = torch.zeros(size, bucket.length, dtype=dtype, device=device)
+    return _Filling(
+        bucket=bucket,
+        rows_nL=rows_nL,
+        sum_L=rows_nL[0] if size == 1 else torch.zeros(bucket.length, dtype=dtype, device=device),
+        given=[False] * len(bucket.pieces),
+        awaited=len(bucket.pieces),
+    )

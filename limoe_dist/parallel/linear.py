@@ -50,14 +50,19 @@ class RowParallelLinear(nn.Module):
     The bias is added after the reduce-scatter: before it, each rank would add it and the sum would hold it tp times.
     """
 
-    def __init__(self, in_size: int, out_size: int, *, mesh: Mesh, weight_init: Init, bias_init: Init) -> None:
+    def __init__(
+        self, in_shape: int | tuple[int, ...], out_size: int, *, mesh: Mesh, weight_init: Init, bias_init: Init
+    ) -> None:
+        """in_shape: one size, or the dims that make up the input features, of which the first is cut."""
         super().__init__()
         self.tp = mesh.tp
-        self.weight = make_parameter(Placement((out_size, in_size), weight_init, "tp", 1, decay=True), mesh)
+        shape = (out_size, *([in_shape] if isinstance(in_shape, int) else in_shape))
+        self.weight = make_parameter(Placement(shape, weight_init, "tp", 1, decay=True), mesh)
         self.bias = make_parameter(Placement((out_size,), bias_init), mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """(tp * T, in / tp) -> (T, out)."""
+        weight = self.weight.flatten(1)
         if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        return scatter_tokens(F.linear(x, self.weight), self.tp) + self.bias
+            return F.linear(x, weight, self.bias)
+        return scatter_tokens(F.linear(x, weight), self.tp) + self.bias

@@ -45,6 +45,10 @@ class Placement:
     """Tensor dim that is sharded."""
     decay: bool = False
     """Whether weight decay applies: kernels only (limoe.md, section 4)."""
+    stacked: int = 0
+    """Leading dims that only put tensors together (q, k and v; experts): an optimizer sees each of them apart."""
+    wide: bool = False
+    """Kept in at least float32 where the other weights are bfloat16: LayerNorm, router, temperature."""
 
     def replicas(self, mesh: Mesh) -> Axis:
         """The axis whose ranks hold the same values and saw different tokens: its gradient is SUMMED over it."""
@@ -61,6 +65,19 @@ class Placement:
             return slice(0, self.shape[self.dim] if self.shape else 1)
         size = self.shape[self.dim] // axis.size
         return slice(axis.index * size, (axis.index + 1) * size)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A box of a logical tensor that this rank holds: what checkpoints and comparisons are made of."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    """Logical shape."""
+    start: tuple[int, ...]
+    """Where the box begins in each dim."""
+    writes: bool
+    """True on exactly one of the ranks that hold this box; never for an empty box."""
 
 
 def make_parameter(placement: Placement, mesh: Mesh) -> nn.Parameter:
@@ -82,6 +99,20 @@ def placement_of(parameter: Tensor) -> Placement:
     return placement
 
 
+def local_shard(tensor: Tensor, parameter: nn.Parameter, mesh: Mesh) -> Shard:
+    """A tensor that is laid out as `parameter` is on this rank, as a box of its logical tensor."""
+    placement = placement_of(parameter)
+    start = [0] * len(placement.shape)
+    if start:
+        start[placement.dim] = placement.local_slice(mesh).start
+    return Shard(
+        tensor=tensor.detach(),
+        shape=placement.shape,
+        start=tuple(start),
+        writes=placement.replicas(mesh).index == 0,
+    )
+
+
 @torch.no_grad()
 def initialise(module: nn.Module, *, seed: int, mesh: Mesh) -> None:
     """Fills every parameter from (seed, logical name), experts from (seed, logical name, global expert id).
@@ -95,13 +126,14 @@ def initialise(module: nn.Module, *, seed: int, mesh: Mesh) -> None:
             continue
         stream = counter_rng.key("init", seed, name)
         mine = placement.local_slice(mesh)
+        kind = torch.promote_types(parameter.dtype, torch.float32)
         draw = counter_rng.normal if placement.init.kind == "normal" else counter_rng.uniform
         if placement.axis == "ep":
             experts = torch.arange(mine.start, mine.stop, device=parameter.device)
             count = math.prod(placement.shape[1:])
-            values = draw(counter_rng.keys(stream, experts), count, device=parameter.device, dtype=parameter.dtype)
+            values = draw(counter_rng.keys(stream, experts), count, device=parameter.device, dtype=kind)
         else:
-            values = draw(stream, math.prod(placement.shape), device=parameter.device, dtype=parameter.dtype)
+            values = draw(stream, math.prod(placement.shape), device=parameter.device, dtype=kind)
             values = values.view(placement.shape).narrow(placement.dim, mine.start, mine.stop - mine.start)
         if placement.init.kind == "uniform":
             values = 2 * values - 1

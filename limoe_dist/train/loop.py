@@ -13,7 +13,7 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
 from limoe_dist.data.loader import Batch, Loader
 from limoe_dist.model.tower import build_model
-from limoe_dist.optim.adamw import AdamW
+from limoe_dist.optim.engine import make_engine
 from limoe_dist.parallel.collectives import all_or_none, max_over
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train.display import Display
@@ -23,7 +23,7 @@ from limoe_dist.train.inputs import open_inputs
 from limoe_dist.train.metrics import Log, Window
 from limoe_dist.train.preemption import StopFlag
 from limoe_dist.train.restart import Restart
-from limoe_dist.train.step import StepResult, training_step
+from limoe_dist.train.step import Examples, StepResult, training_step
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def train(
             if mesh.rank == 0 and not resume and (problem := new_run_problem(out)):
                 raise UserError(problem)
         model = build_model(run, mesh=mesh, device=device)
-        optimizer = AdamW(model, run.optim)
-        restart = Restart(run, out, model, optimizer, inputs, mesh, device)
+        engine = make_engine(model, run, mesh)
+        restart = Restart(run, out, engine, inputs, mesh, device)
         first_step = restart.restore() if resume else 0
         lock = None
         with all_or_none(mesh.world, device):
@@ -79,7 +79,8 @@ def train(
             if step and evaluation_due() and not _known_to_all(log.has_evaluation(step), mesh, device):
                 evaluate_now()
             for batch in _batches(run, restart, first_step=step, end=end):
-                result = training_step(model, optimizer, batch, run=run, mesh=mesh, device=device)
+                examples = Examples(batch.images, batch.tokens, batch.valid)
+                result = training_step(model, engine, examples, step=batch.step, run=run, mesh=mesh)
                 _check_finite(result, batch.step, out)
                 window.add(result)
                 step = batch.step + 1

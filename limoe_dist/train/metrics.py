@@ -34,8 +34,9 @@ class Window:
 
     @torch.no_grad()
     def add(self, result: StepResult) -> None:
-        parts = [result.contrastive[None], result.aux[None], result.correct_2, result.grad_norm[None] / self._ranks]
-        for record in result.records.values():
+        losses = result.losses
+        parts = [losses.contrastive[None], losses.aux[None], losses.correct_2, result.grad_norm[None] / self._ranks]
+        for record in losses.records.values():
             parts += [torch.stack([self._loss(record, name) for name in AUX_LOSSES])]
             parts += [record.routed_E2.flatten(), record.kept_E2.flatten(), record.entropy_2, record.tokens_2]
         figures = torch.cat([part.double() for part in parts])
@@ -83,7 +84,7 @@ class Window:
             "seconds_per_step": seconds / self.steps,
             "memory_bytes": peak_memory(self.device),
         }
-        figures |= self._blocks(total[5:], list(self._last.records))
+        figures |= self._blocks(total[5:], list(self._last.losses.records))
         self._start()
         return figures
 

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import torch
 
-from limoe_dist.checkpoint.logical import Shard, model_shards, optimizer_shards
 from limoe_dist.checkpoint.storage import State, agreed_checkpoint, checkpoints, load, read_state, save, versions
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import changed_settings, decisive
 from limoe_dist.config.schema import Run
-from limoe_dist.model.tower import Limoe
-from limoe_dist.optim.adamw import AdamW
+from limoe_dist.optim.engine import Engine
 from limoe_dist.parallel.collectives import all_or_none, max_over
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train.inputs import Inputs
@@ -23,8 +21,7 @@ from limoe_dist.train.inputs import Inputs
 class Restart:
     run: Run
     out: Path
-    model: Limoe
-    optimizer: AdamW
+    engine: Engine
     inputs: Inputs
     mesh: Mesh
     device: torch.device
@@ -39,10 +36,10 @@ class Restart:
             tokenizer=self.inputs.tokenizer_hash,
             versions=versions(),
         )
-        return save(self.out, state, self._tensors(), self.mesh, keep=self.run.checkpoint.keep)
+        return save(self.out, state, self.engine.shards(), self.mesh, keep=self.run.checkpoint.keep)
 
     def restore(self) -> int:
-        """Fills model and optimizer from the newest whole checkpoint; returns the number of steps that are done.
+        """Fills weights and optimizer from the newest whole checkpoint; returns the number of steps that are done.
 
         A run that was killed before its first checkpoint begins again at step 0: everything is a function of the seed.
         A collective; raises UserError where what decides the results is not what it was.
@@ -55,8 +52,10 @@ class Restart:
             state = read_state(checkpoint)
             if problems := self._differences(state, checkpoint):
                 raise UserError("\n".join(problems))
-        load(checkpoint, self._tensors(), self.mesh)
-        self.optimizer.steps = state.step
+        shards = self.engine.shards()
+        load(checkpoint, shards, self.mesh)
+        self.engine.adopt(shards)
+        self.engine.steps = state.step
         return state.step
 
     def _differences(self, state: State, checkpoint: Path) -> list[str]:
@@ -73,6 +72,3 @@ class Restart:
         if state.position != state.step * self.run.train.batch_pairs:
             problems.append(f"{checkpoint}: position {state.position} is not that of step {state.step}")
         return problems
-
-    def _tensors(self) -> dict[str, Shard]:
-        return model_shards(self.model, self.mesh) | optimizer_shards(self.optimizer.state(), self.mesh)

@@ -46,7 +46,7 @@ def values(case: str, prefix: str, moe_blocks: tuple[int, ...]) -> dict[str, Ten
             [q(f"b{i}_attn/{name}/kernel").permute(1, 2, 0) for name in three]
         )
         found[block + "attention.qkv_bias"] = torch.stack([q(f"b{i}_attn/{name}/bias") for name in three])
-        found[block + "attention.out.weight"] = q(f"b{i}_attn/out/kernel").reshape(32, 32).T
+        found[block + "attention.out.weight"] = q(f"b{i}_attn/out/kernel").permute(2, 0, 1)
         found[block + "attention.out.bias"] = q(f"b{i}_attn/out/bias")
         for layer, dense in (("up", "Dense_0"), ("down", "Dense_1")):
             if i in moe_blocks:
@@ -133,7 +133,7 @@ def vit_values() -> dict[str, Tensor]:
             [q(f"{attention}/{name}/kernel").permute(1, 2, 0) for name in three]
         )
         found[block + "attention.qkv_bias"] = torch.stack([q(f"{attention}/{name}/bias") for name in three])
-        found[block + "attention.out.weight"] = q(f"{attention}/out/kernel").reshape(32, 32).T
+        found[block + "attention.out.weight"] = q(f"{attention}/out/kernel").permute(2, 0, 1)
         found[block + "attention.out.bias"] = q(f"{attention}/out/bias")
         for layer, dense in (("up", "Dense_0"), ("down", "Dense_1")):
             if i in (1, 3):

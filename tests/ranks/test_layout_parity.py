@@ -1,128 +1,223 @@
-"""Any layout trains as one process does: losses, gradients, norm, with dropped tokens and an idle expert."""
+"""Any layout trains as one process does: losses, gradients, norm and state, with dropped tokens and an idle expert."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 
-from limoe_dist.data.loader import Batch
-from limoe_dist.optim.adamw import AdamW
+from limoe_dist.config.schema import Run
+from limoe_dist.model.moe_layer import Routes
+from limoe_dist.optim.native import NativeEngine
 from limoe_dist.parallel.collectives import sum_over
-from limoe_dist.parallel.gradients import global_grad_norm, reduce_gradients
 from limoe_dist.parallel.mesh import Mesh
-from limoe_dist.parallel.placement import placement_of
-from limoe_dist.train.step import share_of_loss, training_step
-from tests.support.cases import batch, perturbed_model, small_run
+from limoe_dist.parallel.placement import Shard
+from limoe_dist.train.step import Examples, backward, training_step
+from tests.support.cases import batch, perturbed_model, slice_of, small_run
 from tests.support.ranks import RanksPool
 
-CPU = torch.device("cpu")
-LAYOUTS_2 = [(1, 1), (1, 2), (2, 1), (2, 2)]
-LAYOUTS_4 = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)]
+LAYOUTS = {
+    2: [(1, 1), (1, 2), (2, 1), (2, 2)],
+    4: [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)],
+    8: [(1, 8), (2, 1), (2, 4), (2, 8), (4, 2), (4, 8)],
+}
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
 
 
-def local(mesh: Mesh, step: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    images, tokens, valid = batch(step, dtype)
-    pairs = len(images) // mesh.world.size
-    mine = slice(mesh.rank * pairs, (mesh.rank + 1) * pairs)
-    return images[mine], tokens[mine], valid[mine]
+def examples_of(mesh: Mesh, run: Run, *, step: int, given: str = "pairs") -> Examples:
+    """This rank's slice of the step's batch; `given` may leave a modality out."""
+    images, tokens, valid = slice_of(batch(step, torch.float64 if run.train.dtype == "fp64" else torch.float32), mesh)
+    if given == "images":
+        return Examples(images, None, None)
+    return Examples(None, tokens, valid) if given == "texts" else Examples(images, tokens, valid)
 
 
-def gradients(name: str, mesh: Mesh) -> tuple[float, float, dict[str, torch.Tensor], list[Any]]:
-    """Loss, gradient norm, this rank's gradients by name, and how many choices each expert kept, block by block."""
-    run, dtype = small_run(name), torch.float64 if name == "fp64" else torch.float32
+def gradients(run: Run, mesh: Mesh, given: str) -> dict[str, Any]:
+    """Losses, norm, this rank's pieces of the gradient, and how many choices each expert kept, block by block."""
     model = perturbed_model(run, mesh)
-    images, tokens, valid = local(mesh, 0, dtype)
-    contrastive, aux, _, records = share_of_loss(model, images, tokens, valid, run=run, mesh=mesh, step=3)
-    (contrastive + aux).backward()
-    parameters = list(model.parameters())
-    reduce_gradients(parameters, mesh, dtype=dtype)
-    norm = global_grad_norm(parameters, mesh)
-    loss = sum_over((contrastive + aux).detach().clone(), mesh.world)
-    kept = [sum_over(record.kept_E2.clone(), mesh.world).tolist() for record in records.values()]
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return loss.item(), norm.item(), found, kept
+    engine = NativeEngine(model, run, mesh)
+    losses = backward(model, engine, examples_of(mesh, run, step=0, given=given), step=3, run=run, mesh=mesh)
+    boxes = engine.gradients()
+    figures = {"contrastive": losses.contrastive, "aux": losses.aux}
+    figures |= {f"block {block} {name}": loss for block, r in losses.records.items() for name, loss in r.losses.items()}
+    kept = [sum_over(record.kept_E2.clone(), mesh.world).tolist() for record in losses.records.values()]
+    return {
+        "losses": {name: sum_over(value.clone(), mesh.world).item() for name, value in figures.items()},
+        "norm": engine.sums.norm().item(),
+        "gradients": boxes,
+        "kept": kept,
+    }
 
 
-def compare_gradients(name: str, tp: int, ep: int) -> dict[str, float]:
+@functools.cache
+def whole_gradients(run: Run, given: str) -> dict[str, Any]:
+    return gradients(run, Mesh.single(), given)
+
+
+def box_of(whole: Shard, part: Shard) -> torch.Tensor:
+    """The part of a whole logical tensor that another layout's rank holds."""
+    if not part.shape:
+        return whole.tensor.reshape(-1)[: part.tensor.numel()].view(part.tensor.shape)
+    places = zip(part.start, part.tensor.shape, strict=True)
+    return whole.tensor[tuple(slice(start, start + size) for start, size in places)]
+
+
+def compare(run: Run, tp: int, ep: int, given: str) -> dict[str, float]:
     """On a rank: this layout's error against one process, relative to each parameter's largest gradient."""
     mesh = Mesh.build(tp=tp, ep=ep)
-    loss, norm, found, kept = gradients(name, mesh)
-    want_loss, want_norm, want, want_kept = gradients(name, Mesh.single())
-    model = perturbed_model(small_run(name), Mesh.single())
-    scale = max(grad.abs().max().item() for grad in want.values())
-    errors = {"loss": abs(loss - want_loss), "norm": abs(norm - want_norm) / want_norm}
-    for key, parameter in model.named_parameters():
-        placement = placement_of(parameter)
-        whole = want[key]
-        if whole.dim():
-            mine = placement.local_slice(mesh)
-            whole = whole.narrow(placement.dim, mine.start, mine.stop - mine.start)
-        # A key bias has the true gradient zero: softmax does not see it. There only the absolute error has a meaning.
-        largest = scale if key.endswith("qkv_bias") else want[key].abs().max().item()
-        errors[key] = (found[key] - whole).abs().max().item() / max(largest, 1e-30)
-    assert kept == want_kept
+    found, wanted = (
+        gradients(run, mesh, given),
+        whole_gradients(run.model_copy(update={"parallel": Run().parallel}), given),
+    )
+    errors = {name: abs(found["losses"][name] - value) for name, value in wanted["losses"].items()}
+    errors["norm"] = abs(found["norm"] - wanted["norm"]) / max(wanted["norm"], 1e-30)
+    everywhere = max(shard.tensor.abs().max().item() for shard in wanted["gradients"].values())
+    counted = 0
+    for name, part in found["gradients"].items():
+        whole = wanted["gradients"][name]
+        # A key bias has the true gradient zero, and so has all of a modality that is absent: only an absolute error
+        # has a meaning there.
+        largest = whole.tensor.abs().max().item()
+        largest = everywhere if name.endswith("qkv_bias") or largest == 0 else largest
+        if part.tensor.numel():
+            errors[name] = (part.tensor - box_of(whole, part)).abs().max().item() / largest
+        counted += part.tensor.numel()
+    # Every logical number is on exactly one rank.
+    total = sum_over(torch.tensor(counted), mesh.world).item()
+    assert total == sum(shard.tensor.numel() for shard in wanted["gradients"].values())
+    assert found["kept"] == wanted["kept"]
     return errors
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-9), ("fp32", 1e-5)])
-@pytest.mark.parametrize(("tp", "ep"), LAYOUTS_4)
-def test_gradients_of_4_ranks_equal_those_of_one_process(
-    ranks4: RanksPool, tp: int, ep: int, dtype: str, tolerance: float
+def largest(answers: list[dict[str, float]]) -> tuple[str, float]:
+    return max(((name, error) for errors in answers for name, error in errors.items()), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@pytest.mark.parametrize(("tp", "ep"), LAYOUTS[4])
+def test_gradients_of_4_ranks_equal_those_of_one_process(ranks4: RanksPool, tp: int, ep: int, dtype: str) -> None:
+    name, error = largest(ranks4.run(compare, small_run(dtype), tp, ep, "pairs"))
+    assert error < TOLERANCE[dtype], name
+
+
+def compare_all(runs: list[Run], layouts: list[tuple[int, int]], given: str) -> list[tuple[float, str, float]]:
+    return [
+        (TOLERANCE[run.train.dtype], f"{run.train.dtype} tp={tp} ep={ep} {name}", error)
+        for run in runs
+        for tp, ep in layouts
+        for name, error in compare(run, tp, ep, given).items()
+    ]
+
+
+def test_gradients_of_8_ranks_equal_those_of_one_process(ranks_pool: Any) -> None:
+    # 16 pairs in groups of 2: one routing group a rank. 8 heads, so that tp could be 8.
+    runs = [small_run("fp64"), small_run("fp32")]
+    for answers in ranks_pool(8).run(compare_all, runs, LAYOUTS[8], "pairs"):
+        assert not [name for tolerance, name, error in answers if error >= tolerance]
+
+
+@pytest.mark.parametrize("given", ["images", "texts"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_batch_without_a_modality_has_zeros_for_it_and_nobody_waits(
+    ranks4: RanksPool, given: str, overlap: bool
 ) -> None:
-    for errors in ranks4.run(compare_gradients, dtype, tp, ep):
-        assert max(errors.values()) < tolerance, max(errors, key=errors.__getitem__)
+    # Buckets of 4 kB: many of them, so that full and empty ones leave in turn.
+    small = small_run("fp64")
+    run = small.model_copy(
+        update={"parallel": small.parallel.model_copy(update={"overlap": overlap, "bucket_mb": 0.004})}
+    )
+    for answers in ranks4.run(compare_all, [run], [(1, 1), (2, 2), (1, 4)], given):
+        assert not [name for tolerance, name, error in answers if error >= tolerance]
+    absent = whole_gradients(small, given)["gradients"][
+        "text_embed.table" if given == "images" else "image_embed.weight"
+    ]
+    assert absent.tensor.abs().max() == 0
+    assert whole_gradients(small, given)["norm"] > 0
 
 
 def test_the_case_drops_tokens_and_leaves_an_expert_idle() -> None:
-    _, _, grads, kept = gradients("fp64", Mesh.single())
+    found = whole_gradients(small_run("fp64"), "pairs")
     asked = 16 * 16 + int(batch(0, torch.float64)[2].sum())
-    served = [sum(image + text for image, text in block) for block in kept]
+    served = [sum(image + text for image, text in block) for block in found["kept"]]
     assert all(share < 0.95 * asked for share in served)
-    assert kept[0][5] == [0.0, 0.0]
-    assert grads["blocks.1.moe.experts.up_weight"][5].abs().max() == 0
-    assert grads["blocks.1.moe.experts.up_weight"][4].abs().max() > 0
+    assert found["kept"][0][5] == [0.0, 0.0]
+    up = found["gradients"]["blocks.1.moe.experts.up_weight"].tensor
+    assert up[5].abs().max() == 0
+    assert up[4].abs().max() > 0
 
 
-def losses_of_training(dtype: str, tp: int, ep: int, steps: int) -> list[float]:
-    mesh = Mesh.build(tp=tp, ep=ep) if tp else Mesh.single()
-    run = small_run(dtype, steps=steps)
+def microbatched(run: Run, pairs: int, *, recompute: bool = False, chunk: int = 0) -> Run:
+    changes = {"microbatch_pairs": pairs, "recompute": recompute, "contrastive_chunk": chunk}
+    return run.model_copy(update={"train": run.train.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-10), ("fp32", 1e-5)])
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (1, 2), (2, 2)])
+def test_microbatches_and_recompute_have_the_gradient_of_the_whole_batch(
+    ranks2: RanksPool, tp: int, ep: int, dtype: str, tolerance: float
+) -> None:
+    # 8 pairs a rank: 4 microbatches of one routing group, or 2 of two.
+    for run in (
+        microbatched(small_run(dtype), 2),
+        microbatched(small_run(dtype), 4, recompute=True, chunk=5),
+        microbatched(small_run(dtype), 0, recompute=True),
+    ):
+        name, error = largest(ranks2.run(compare_with_whole_batch, run, tp, ep))
+        assert error < tolerance, name
+
+
+def compare_with_whole_batch(run: Run, tp: int, ep: int) -> dict[str, float]:
+    """On a rank: the undivided gradient in the same layout is the reference."""
+    mesh = Mesh.build(tp=tp, ep=ep)
+    found, wanted = gradients(run, mesh, "pairs"), gradients(microbatched(run, 0), mesh, "pairs")
+    assert found["kept"] == wanted["kept"]
+    errors = {name: abs(found["losses"][name] - value) for name, value in wanted["losses"].items()}
+    everywhere = max(part.tensor.abs().max().item() for part in wanted["gradients"].values() if part.tensor.numel())
+    for name, part in wanted["gradients"].items():
+        if part.tensor.numel():
+            largest_one = everywhere if name.endswith("qkv_bias") else part.tensor.abs().max().item()
+            difference = (found["gradients"][name].tensor - part.tensor).abs().max().item()
+            errors[name] = difference / max(largest_one, 1e-6 * everywhere)
+    return errors
+
+
+def test_a_replay_follows_the_stored_routes_whatever_the_router_says_now() -> None:
+    run, mesh = small_run("fp64"), Mesh.single()
     model = perturbed_model(run, mesh)
-    optimizer = AdamW(model, run.optim)
+    engine = NativeEngine(model, run, mesh)
+    examples = examples_of(mesh, run, step=0)
+    routes: Routes = {}
+    first = backward(model, engine, examples, step=0, run=run, mesh=mesh, routes=[routes])
+    with torch.no_grad():
+        model.blocks[1].moe.router.neg_()
+    again = backward(model, engine, examples, step=0, run=run, mesh=mesh, routes=[routes])
+    free = backward(model, engine, examples, step=0, run=run, mesh=mesh)
+    assert torch.equal(again.records[1].kept_E2, first.records[1].kept_E2)
+    assert not torch.equal(free.records[1].kept_E2, first.records[1].kept_E2)
+
+
+def losses_of_training(run: Run, tp: int, ep: int) -> list[float]:
+    mesh = Mesh.build(tp=tp, ep=ep) if tp else Mesh.single()
+    model = perturbed_model(run, mesh)
+    engine = NativeEngine(model, run, mesh)
     losses = []
-    for step in range(steps):
-        images, tokens, valid = local(mesh, step, torch.float64 if dtype == "fp64" else torch.float32)
-        piece = Batch(step, 0, None, images, tokens, valid, (), 0, 0)  # type: ignore[arg-type]
-        result = training_step(model, optimizer, piece, run=run, mesh=mesh, device=CPU)
-        losses.append(sum_over((result.contrastive + result.aux).clone(), mesh.world).item())
+    for step in range(run.train.steps):
+        result = training_step(model, engine, examples_of(mesh, run, step=step), step=step, run=run, mesh=mesh)
+        losses.append(sum_over(result.losses.contrastive + result.losses.aux, mesh.world).item())
     return losses
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-9), ("fp32", 1e-5)])
-@pytest.mark.parametrize(("tp", "ep"), LAYOUTS_2)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@pytest.mark.parametrize(("tp", "ep"), LAYOUTS[2])
 def test_20_steps_on_2_ranks_lose_what_one_process_loses(
-    ranks2: RanksPool, tp: int, ep: int, dtype: str, tolerance: float
+    ranks2: RanksPool, tp: int, ep: int, dtype: str, optimizer: str
 ) -> None:
-    alone = losses_of_training(dtype, 0, 0, 20)
-    for losses in ranks2.run(losses_of_training, dtype, tp, ep, 20):
-        assert max(abs(a - b) for a, b in zip(losses, alone, strict=True)) < tolerance
+    run = small_run(dtype, steps=20)
+    run = run.model_copy(update={"optim": run.optim.model_copy(update={"name": optimizer})})
+    alone = losses_of_training(run, 0, 0)
+    for losses in ranks2.run(losses_of_training, run, tp, ep):
+        assert max(abs(a - b) for a, b in zip(losses, alone, strict=True)) < TOLERANCE[dtype]
     assert alone[-1] < alone[0]
-
-
-def gradient_is_missing_on_one_rank() -> list[float]:
-    mesh = Mesh.build(tp=1, ep=2)
-    model = perturbed_model(small_run("fp32"), mesh)
-    for number, parameter in enumerate(model.parameters()):
-        if mesh.rank == 0 or number % 2:
-            parameter.grad = torch.ones_like(parameter)
-    reduce_gradients(list(model.parameters()), mesh, dtype=torch.float32)
-    dense = [p for p in model.parameters() if placement_of(p).axis != "ep"]
-    assert all(parameter.grad is not None for parameter in dense)
-    return [float(parameter.grad.mean()) for parameter in dense if parameter.grad is not None]
-
-
-def test_a_missing_gradient_counts_as_zeros_and_nobody_waits(ranks2: RanksPool) -> None:
-    first, second = ranks2.run(gradient_is_missing_on_one_rank)
-    assert first == second
-    assert set(first) == {1.0, 2.0}

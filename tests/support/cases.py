@@ -42,6 +42,11 @@ def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return images, tokens, torch.arange(LENGTH) < lengths
 
 
+def slice_of(whole: tuple[Tensor, ...], mesh: Mesh) -> tuple[Tensor, ...]:
+    """This rank's pairs of a batch."""
+    return tuple(column.chunk(mesh.world.size)[mesh.rank] for column in whole)
+
+
 @torch.no_grad()
 def perturbed_model(run: Run, mesh: Mesh) -> Limoe:
     """The model with every bias away from zero, and one expert of block 1 that no token chooses."""
