@@ -88,8 +88,8 @@ _INDIFFERENT = {
 def decisive(run: Run) -> dict[str, Any]:
     """The settings that decide a run's results, by dotted name: not paths, layout, logging or saving."""
     content = run.model_dump(mode="json", exclude={"preset", "data", "parallel", "log", "checkpoint", "eval"})
-    for section, names in _INDIFFERENT.items():
-        for name in names:
+    for section, indifferent in _INDIFFERENT.items():
+        for name in indifferent:
             content[section].pop(name)
     return {f"{section}.{name}": value for section, fields in content.items() for name, value in fields.items()}
 

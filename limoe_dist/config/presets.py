@@ -57,7 +57,8 @@ def _paper(name: str) -> Run:
         moe=Moe(blocks=size.moe_blocks, num_experts=32, group_pairs=size.group_pairs),
         # LIMoE section 3.1: batch 16k for 781k steps; section 3.2: H/14 at 21k, 23.3 B examples.
         train=Train(batch_pairs=21_504 if h14 else 16_384, steps=1_083_500 if h14 else 781_250),
-        optim=Optim(cooldown_steps=50_000),
+        # limoe.md section 4: big_vision's Adafactor; its absolute decay of 1e-4 is 0.1 times the learning rate.
+        optim=Optim(name="adafactor", weight_decay=0.1, cooldown_steps=50_000),
     )
 
 

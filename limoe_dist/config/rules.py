@@ -169,7 +169,7 @@ def _microbatch(run: Run, pairs: int) -> list[str]:
     if asked == 0 or (pairs % asked == 0 and asked % unit == 0):
         return []
     fitting = [d for d in divisors(pairs) if d % unit == 0]
-    group = f" and a multiple of moe.group_pairs={unit}" if unit > 1 else ""
+    group = f" and be a multiple of moe.group_pairs={unit}" if unit > 1 else ""
     return [
         f"train.microbatch_pairs={asked} must divide the {pairs} pairs of a rank{group}: "
         f"use {_choices(fitting)}, or 0 for all at once"

@@ -136,7 +136,7 @@ class Optim(Section):
     name: Literal["adamw", "adafactor"] = "adamw"
     """adafactor: big_vision's, with factored second moments and a full first one, as the paper's group trains."""
     engine: Literal["native", "deepspeed"] = "native"
-    """Who sums gradients and keeps the optimizer's state: this project's ZeRO-1, or DeepSpeed (parallel.tp=1, adamw)."""
+    """Who sums gradients and keeps the optimizer's state: this project's ZeRO-1, or DeepSpeed (with tp=1 and adamw)."""
     zero_stage: Literal[1, 2] = 1
     """ZeRO stage: 1 cuts the optimizer's state over the replicas; 2, with optim.engine=deepspeed, gradients too."""
     offload: bool = False

@@ -14,11 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limoe_dist.config.schema import Run
-
-try:
-    from limoe_dist.optim.adafactor import Adafactor
-except ImportError:
-    Adafactor = None
+from limoe_dist.optim.adafactor import Adafactor
 from limoe_dist.optim.adamw import AdamW
 from limoe_dist.optim.engine import wide_dtype
 from limoe_dist.parallel.collectives import gather_into

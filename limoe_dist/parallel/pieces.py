@@ -109,7 +109,7 @@ def _bounds(length: int, axis: Axis, place: int) -> tuple[int, int]:
 
 @dataclass
 class Bucket:
-    """Parameters with the same replicas, type and decay, whose gradients are summed and weights gathered in one call."""
+    """Parameters of the same replicas, type and decay: one call sums their gradients, one gathers their weights."""
 
     replicas: Axis
     decay: bool

@@ -29,7 +29,7 @@ from limoe_dist.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Examples:
-    """What a rank trains on in one step, or one microbatch of it. Pictures or captions alone have no contrastive loss."""
+    """What a rank trains on in one step, or a microbatch of it; pictures or captions alone have no contrastive loss."""
 
     images: Tensor | None
     """(b, 3, size, size) float."""
@@ -102,17 +102,27 @@ def backward(
     routes = [{} for _ in parts] if routes is None else routes
     forward = _Forward(model, run, mesh, step, examples.pairs)
     if len(parts) == 1:
-        output = forward(examples, 0, routes[0])
-        contrastive, correct_2 = _contrastive(output.image_BP, output.text_BP, model.scale, run, mesh)
-        aux = forward.aux_share(output)
-        engine.backward(contrastive + aux, last=True)
-        return Losses(contrastive.detach(), aux.detach(), correct_2, _detached(output.records))
+        return _backward_at_once(forward, engine, examples, routes[0])
+    return _backward_in_parts(forward, engine, parts, routes)
 
+
+def _backward_at_once(forward: _Forward, engine: Engine, examples: Examples, routes: Routes) -> Losses:
+    output = forward(examples, 0, routes)
+    contrastive, correct_2 = forward.contrastive_share(output, forward.model.scale)
+    aux = forward.aux_share(output)
+    engine.backward(contrastive + aux, last=True)
+    return Losses(contrastive.detach(), aux.detach(), correct_2, _detached(output.records))
+
+
+def _backward_in_parts(forward: _Forward, engine: Engine, parts: list[Examples], routes: Sequence[Routes]) -> Losses:
+    # 1. embed; the embeddings and the scale become leaves that wait for their gradient
     embeddings = _embed(forward, parts, routes)
-    scale = model.scale.detach().requires_grad_()
-    contrastive, correct_2 = _contrastive(embeddings.image_BP, embeddings.text_BP, scale, run, mesh)
+    scale = forward.model.scale.detach().requires_grad_()
+    # 2. one loss
+    contrastive, correct_2 = forward.contrastive_share(embeddings, scale)
     if contrastive.requires_grad:
         contrastive.backward()
+    # 3. replay; the scale's gradient goes back with the last part, so that only there a parameter gets its last one
     aux, records = torch.zeros_like(contrastive), []
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
@@ -120,7 +130,7 @@ def backward(
         part_aux = forward.aux_share(output)
         loss = _replay_loss(output, part_aux, embeddings, first=number * part.pairs)
         if last and scale.grad is not None:
-            loss = loss + model.scale * scale.grad
+            loss = loss + forward.model.scale * scale.grad
         engine.backward(loss, last=last)
         aux += part_aux.detach()
         records.append(_detached(output.records))
@@ -158,23 +168,21 @@ class _Forward:
         # A loss of nothing still has a graph: every rank makes a backward pass.
         return 0 * self.model.log_scale if aux is None else aux
 
-
-def _contrastive(
-    image_bP: Tensor | None, text_bP: Tensor | None, scale: Tensor, run: Run, mesh: Mesh
-) -> tuple[Tensor, Tensor]:
-    """This rank's share of the contrastive loss, and how many pairs were found; zeros where a modality is absent."""
-    if image_bP is None or text_bP is None:
-        return torch.zeros_like(scale), torch.zeros(2, device=scale.device, dtype=scale.dtype)
-    found = contrastive_loss(
-        image_bP,
-        text_bP,
-        all_gather_rows(image_bP, mesh.world),
-        all_gather_rows(text_bP, mesh.world),
-        first=mesh.rank * len(image_bP),
-        scale=scale,
-        chunk=run.train.contrastive_chunk,
-    )
-    return found.loss, found.correct
+    def contrastive_share(self, output: TowerOutput, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The share of the contrastive loss, and how many pairs were found; zeros where a modality is absent."""
+        image_bP, text_bP = output.image_BP, output.text_BP
+        if image_bP is None or text_bP is None:
+            return torch.zeros_like(scale), torch.zeros(2, device=scale.device, dtype=scale.dtype)
+        found = contrastive_loss(
+            image_bP,
+            text_bP,
+            all_gather_rows(image_bP, self.mesh.world),
+            all_gather_rows(text_bP, self.mesh.world),
+            first=self.mesh.rank * len(image_bP),
+            scale=scale,
+            chunk=self.run.train.contrastive_chunk,
+        )
+        return found.loss, found.correct
 
 
 @torch.no_grad()

@@ -115,6 +115,45 @@ BROKEN = {
         4,
         "train.batch_pairs=10 must be a multiple of 4 ranks = 4: use 8 or 12",
     ),
+    "a microbatch must divide the pairs of a rank": (
+        {"train.microbatch_pairs": 96, "train.batch_pairs": 256},
+        2,
+        "train.microbatch_pairs=96 must divide the 128 pairs of a rank and be a multiple of moe.group_pairs=32: "
+        "use 32, 64 or 128, or 0 for all at once",
+    ),
+    "a microbatch must hold whole groups": (
+        {"train.microbatch_pairs": 16},
+        2,
+        "train.microbatch_pairs=16 must divide the 64 pairs of a rank and be a multiple of moe.group_pairs=32: "
+        "use 32 or 64, or 0 for all at once",
+    ),
+    "a microbatch of a dense model": (
+        {"train.microbatch_pairs": 5, "moe.blocks": (), "train.batch_pairs": 12},
+        2,
+        "train.microbatch_pairs=5 must divide the 6 pairs of a rank: use 1, 2, 3 or 6, or 0 for all at once",
+    ),
+    "the native engine has ZeRO stage 1": (
+        {"optim.zero_stage": 2},
+        None,
+        "optim.zero_stage=2 needs optim.engine=deepspeed: the native engine has stage 1",
+    ),
+    "the native engine does not offload": (
+        {"optim.offload": True},
+        None,
+        "optim.offload needs optim.engine=deepspeed: the native engine keeps its state on the device",
+    ),
+    "DeepSpeed has no Adafactor": (
+        {"optim.engine": "deepspeed", "optim.name": "adafactor"},
+        None,
+        "optim.engine=deepspeed cannot run optim.name=adafactor: its ZeRO gives the optimizer flat partitions, "
+        "without the rows and columns of a matrix: use optim.name=adamw, or optim.engine=native",
+    ),
+    "DeepSpeed has no tensor parallelism": (
+        {"optim.engine": "deepspeed", "parallel.tp": 2},
+        2,
+        "optim.engine=deepspeed cannot run parallel.tp=2: its ZeRO takes the ranks of a tp group, "
+        "which hold different weights, for replicas: use parallel.tp=1, or optim.engine=native",
+    ),
 }
 
 
@@ -177,6 +216,8 @@ def test_the_fixes_that_are_offered_work():
         ({"image.size": 39, "image.patch": 13}, None),
         ({"train.batch_pairs": 64}, 2),
         ({"train.batch_pairs": 256}, 8),
+        ({"train.microbatch_pairs": 32, "train.batch_pairs": 256}, 2),
+        ({"train.microbatch_pairs": 64, "train.batch_pairs": 256}, 2),
         ({"train.steps": 500, "optim.warmup_steps": 50, "optim.cooldown_steps": 250}, None),
     ):
         check(changed(preset("tiny"), change), world=world)
