@@ -155,7 +155,7 @@ class Optim(Section):
     """adafactor: the largest decay of the second moment."""
     min_factored_dim: Count = 32
     """adafactor: a matrix is factored where both of its dims are at least this long."""
-    weight_decay: NotNegative = 1e-4
+    weight_decay: NotNegative = 0.1
     """Decoupled decay of kernels (matrices), times the learning rate; biases, norms, tables and positions have none."""
     clip_norm: Positive = 1.0
     """Largest global gradient norm."""

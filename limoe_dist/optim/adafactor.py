@@ -35,19 +35,21 @@ class Adafactor:
     """weight -= rate * (momentum + weight_decay * weight), the momentum being that of g / sqrt(second moment).
 
     Averages start from zero without a correction; the second moment's first decay is 0. Decay is for kernels only, and
-    optim.weight_decay is times the learning rate, as in vmoe's recipe (0.1) and for this project's AdamW. big_vision's
-    wd, times the schedule alone, is lr times as large: its 1e-4 at a peak of 1e-3 is 0.1 here.
+    optim.weight_decay is times the learning rate, as in vmoe (0.1) and for this project's AdamW. big_vision's wd is
+    times the schedule without the peak: its 1e-4 at a peak of 1e-3 is 0.1 here.
     """
 
     def __init__(self, buckets: list[Bucket], weights: list[Tensor], grads: list[Tensor], optim: Optim) -> None:
         """weights, grads: (L,) for each bucket, float32 or float64; the state is of the weights' type."""
         self.steps = 0
         self.optim = optim
+        # One for all buckets and steps: fresh memory of this size costs a CPU more than the arithmetic does.
+        scratch_L = weights[0].new_empty(max(weight_L.numel() for weight_L in weights))
         self._parts = [
-            _Part(bucket, weight_L, grad_L, optim)
+            _Part(bucket, weight_L, grad_L, scratch_L[: weight_L.numel()], optim)
             for bucket, weight_L, grad_L in zip(buckets, weights, grads, strict=True)
         ]
-        self._rounds = _rounds([matrix for part in self._parts for _, matrix in part.matrices])
+        self._rounds = _rounds([matrix for part in self._parts for matrix in part.matrices.values()])
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -132,54 +134,61 @@ def _factored_dims(placement: Placement, *, shortest: int) -> tuple[int, int] | 
 
 
 class _Part:
-    """The pieces of one bucket. Element by element it works on the whole bucket (L,): padding stays zero."""
+    """The pieces of one bucket; parameters are numbered as in the bucket. Padding stays zero: its gradient is."""
 
-    def __init__(self, bucket: Bucket, weight_L: Tensor, grad_L: Tensor, optim: Optim) -> None:
-        self.bucket, self.weight_L, self.grad_L, self.optim = bucket, weight_L, grad_L, optim
+    def __init__(self, bucket: Bucket, weight_L: Tensor, grad_L: Tensor, scratch_L: Tensor, optim: Optim) -> None:
+        """scratch_L: holds nothing between calls."""
+        self.optim, self.pieces = optim, bucket.pieces
+        self.decay = optim.weight_decay if bucket.decay else 0.0
+        self.weight_L, self.grad_L, self.scratch_L = weight_L, grad_L, scratch_L
         self.momentum_L = torch.zeros_like(weight_L)
-        self.matrices: list[tuple[int, _Matrix]] = []
-        self.seconds: list[tuple[int, Tensor]] = []
+        self.grads, self.scratch, self.momenta = (bucket.views(x_L) for x_L in (grad_L, scratch_L, self.momentum_L))
+        self.matrices: dict[int, _Matrix] = {}
+        self.seconds: dict[int, Tensor] = {}
         for number, piece in enumerate(bucket.pieces):
             matrix = _Matrix.of(piece, weight_L, shortest=optim.min_factored_dim)
             if matrix is None:
-                self.seconds.append((number, weight_L.new_zeros(piece.shape)))
+                self.seconds[number] = weight_L.new_zeros(piece.shape)
             else:
-                self.matrices.append((number, matrix))
+                self.matrices[number] = matrix
 
     def look(self, pace: float) -> dict[_Average, Tensor]:
         """Takes this step's squares into the moments that are not factored; this rank's shares of the averages."""
-        squares = self.bucket.views(self.grad_L.square().add_(TINY))
+        torch.square(self.grad_L, out=self.scratch_L).add_(TINY)
         if self.seconds:
-            moments = [second for _, second in self.seconds]
-            torch._foreach_lerp_(moments, [squares[number] for number, _ in self.seconds], pace)
-        both = [(squares[number], each) for number, matrix in self.matrices for each in (matrix.row, matrix.column)]
-        return dict(zip((average for _, average in both), _shares(both), strict=True))
+            torch._foreach_lerp_(list(self.seconds.values()), [self.scratch[number] for number in self.seconds], pace)
+        averages = [(number, each) for number, matrix in self.matrices.items() for each in (matrix.row, matrix.column)]
+        shares = _shares([(self.scratch[number], average) for number, average in averages])
+        return dict(zip((average for _, average in averages), shares, strict=True))
 
     def update(self, means: dict[_Matrix, Tensor], *, rate: float) -> None:
         """means: of all squares of a matrix, with dims d0 and d1 of length 1."""
-        update_L = self.grad_L.clone()
-        updates = self.bucket.views(update_L)
+        self.momentum_L.mul_(self.optim.beta1)
+        share = 1 - self.optim.beta1
         if self.seconds:
-            roots = torch._foreach_rsqrt([second for _, second in self.seconds])
-            torch._foreach_mul_([updates[number] for number, _ in self.seconds], roots)
-        if self.matrices:
-            columns = torch._foreach_rsqrt([matrix.column.running for _, matrix in self.matrices])
-            for (number, matrix), column in zip(self.matrices, columns, strict=True):
-                updates[number].mul_((matrix.row.running / means[matrix]).rsqrt_()).mul_(column)
-        self.momentum_L.lerp_(update_L, 1 - self.optim.beta1)
-        if self.bucket.decay:
-            self.weight_L.mul_(1 - rate * self.optim.weight_decay)
+            torch._foreach_addcmul_(
+                [self.momenta[number] for number in self.seconds],
+                [self.grads[number] for number in self.seconds],
+                torch._foreach_rsqrt(list(self.seconds.values())),
+                value=share,
+            )
+        for number, matrix in self.matrices.items():
+            row = (matrix.row.running / means[matrix]).rsqrt_()
+            half = torch.mul(self.grads[number], row, out=self.scratch[number])
+            self.momenta[number].addcmul_(half, matrix.column.running.rsqrt(), value=share)
+        if self.decay:
+            self.weight_L.mul_(1 - rate * self.decay)
         self.weight_L.add_(self.momentum_L, alpha=-rate)
 
     def shards(self) -> dict[str, Shard]:
-        momenta = zip(self.bucket.pieces, self.bucket.views(self.momentum_L), strict=True)
-        found = {f"momentum/{piece.name}": piece.shard(view) for piece, view in momenta}
-        for number, second in self.seconds:
-            piece = self.bucket.pieces[number]
-            found[f"second/{piece.name}"] = piece.shard(second)
-        for number, matrix in self.matrices:
-            name = self.bucket.pieces[number].name
-            found |= {f"row/{name}": matrix.row.shard(), f"column/{name}": matrix.column.shard()}
+        found = {}
+        for number, (piece, momentum) in enumerate(zip(self.pieces, self.momenta, strict=True)):
+            found[f"momentum/{piece.name}"] = piece.shard(momentum)
+            if number in self.seconds:
+                found[f"second/{piece.name}"] = piece.shard(self.seconds[number])
+            else:
+                matrix = self.matrices[number]
+                found |= {f"row/{piece.name}": matrix.row.shard(), f"column/{piece.name}": matrix.column.shard()}
         return found
 
 
