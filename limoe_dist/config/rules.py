@@ -110,6 +110,17 @@ def _engine(run: Run) -> list[str]:
             f"optim.engine=deepspeed cannot run optim.name={optim.name}: its ZeRO gives the optimizer flat partitions, "
             "without the rows and columns of a matrix: use optim.name=adamw, or optim.engine=native"
         )
+    for name, value in (("train.dtype", run.train.dtype), ("parallel.reduce_dtype", run.parallel.reduce_dtype)):
+        if value == "fp64":
+            problems.append(
+                f"optim.engine=deepspeed cannot run {name}=fp64: its ZeRO keeps sums and masters in fp32: "
+                f"use {name}=fp32, or optim.engine=native"
+            )
+    if run.parallel.kernels == "apex":
+        problems.append(
+            "optim.engine=deepspeed has no use for parallel.kernels=apex: its update is torch's fused AdamW: "
+            "use parallel.kernels=auto or torch, or optim.engine=native"
+        )
     if run.parallel.tp > 1:
         problems.append(
             f"optim.engine=deepspeed cannot run parallel.tp={run.parallel.tp}: its ZeRO takes the ranks of a tp group, "

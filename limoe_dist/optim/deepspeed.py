@@ -5,9 +5,9 @@
     shards     partitions -> the same boxes as the native engine's (parallel/pieces.py), and back in adopt
 
 This drives DeepSpeed's ZeRO optimizer itself. deepspeed.initialize would build the same one, but it finds experts by
-its own MoE class, makes all weights one type, divides gradients by the number of ranks, and clips by a norm in which
-experts that live on other ranks are averaged away. Here the optimizer gets the mesh's groups, there is one for the
-weights of each type, it sums, and it does not clip. Read in version 0.19.8, deepspeed/runtime/zero/stage_1_and_2.py.
+its own MoE class, makes all weights one type, and divides gradients by the number of ranks. Here the optimizer gets the
+groups of the mesh and sums. There is one for the weights of each type: each would clip by a norm of its own, so the
+norm of all is taken here. Read in version 0.19.8, deepspeed/runtime/zero/stage_1_and_2.py.
 Source: ZeRO (arXiv 1910.02054), stages 1 and 2; ZeRO-Offload (arXiv 2101.06840).
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -40,11 +41,10 @@ EXPERTS = "experts"
 class DeepSpeedEngine:
     """See limoe_dist.optim.engine.Engine for what each method promises; `shards` returns copies here.
 
-    Raises UserError on every rank where DeepSpeed is missing on one, and where weights or sums should be float64.
+    Raises UserError on every rank where DeepSpeed is missing on one. config/rules.py refuses what it cannot do.
     """
 
     def __init__(self, model: nn.Module, run: Run, mesh: Mesh) -> None:
-        _refuse_float64(run)
         self.device = next(model.parameters()).device
         with all_or_none(mesh.world, self.device):
             _load(self.device)
@@ -208,8 +208,8 @@ def _zero(pieces: list[Piece], run: Run, mesh: Mesh) -> Any:
         partition_grads=optim.zero_stage == 2,
         check_grad_overflow=False,
     )
-    # Its own norm would be wasted, and where that is not finite it would leave the step out without a word. The
-    # constructor takes False only without offload, for the sake of another optimizer (Muon).
+    # Its own norm would be wasted, and where that is not finite it would leave the step out without a word. With
+    # offload the constructor refuses False, for the sake of another optimizer (Muon).
     zero.compute_grad_norm = False
     # The state exists from the start, so that a checkpoint can be read into it before the first step.
     for flat in zero.single_partition_of_fp32_groups:
@@ -240,33 +240,30 @@ def _parameter_groups(pieces: list[Piece], weight_decay: float, mesh: Mesh) -> l
 
 
 def _alone() -> dist.ProcessGroup:
-    """A group of this rank only, for experts without replicas: the mesh needs none, but None is the world to DeepSpeed."""
+    """This rank's own group, for experts without replicas: the mesh needs none, but to DeepSpeed None is the world."""
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
-def _refuse_float64(run: Run) -> None:
-    for name, value in (("train.dtype", run.train.dtype), ("parallel.reduce_dtype", run.parallel.reduce_dtype)):
-        if value == "fp64":
-            raise UserError(
-                f"optim.engine=deepspeed cannot run {name}=fp64: its ZeRO keeps sums and master weights in float32: "
-                f"use {name}=fp32, or optim.engine=native"
-            )
-
-
 def _load(device: torch.device) -> None:
-    """Imports DeepSpeed for this device. Raises UserError where that fails."""
+    """Imports DeepSpeed for this device. Raises UserError where that fails, and for another version."""
     if device.type == "cpu":
-        # Asked at import. Without it DeepSpeed guesses from what is installed.
+        # Read at import; without it DeepSpeed guesses from what is installed.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    fix = f"install torch, then `pip install deepspeed=={VERSION}` (built from source), or use optim.engine=native"
     try:
         import deepspeed
-    except ImportError as error:
+    # Whatever a broken installation raises: the other ranks wait to be told.
+    except Exception as error:
+        raise UserError(f"optim.engine=deepspeed needs DeepSpeed, which does not import ({error}): {fix}") from None
+    if deepspeed.__version__.split(".")[:2] != VERSION.split(".")[:2]:
         raise UserError(
-            f"optim.engine=deepspeed needs DeepSpeed, which does not import ({error}): install torch, then "
-            f"`pip install deepspeed=={VERSION}`, which is built from source; or use optim.engine=native"
-        ) from None
-    # An all-reduce in shared memory that it would compile for minutes at its first use.
+            f"optim.engine=deepspeed drives parts of DeepSpeed {VERSION} that change with its versions, "
+            f"and found {deepspeed.__version__}: {fix}"
+        )
+    # An all-reduce in shared memory, which it would compile for minutes at its first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It still calls this by its old name, once a step.
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
 
 
 def _join(device: torch.device) -> None:

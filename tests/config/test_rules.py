@@ -148,6 +148,18 @@ BROKEN = {
         "optim.engine=deepspeed cannot run optim.name=adafactor: its ZeRO gives the optimizer flat partitions, "
         "without the rows and columns of a matrix: use optim.name=adamw, or optim.engine=native",
     ),
+    "DeepSpeed has no float64": (
+        {"optim.engine": "deepspeed", "train.dtype": "fp64"},
+        None,
+        "optim.engine=deepspeed cannot run train.dtype=fp64: its ZeRO keeps sums and masters in fp32: "
+        "use train.dtype=fp32, or optim.engine=native",
+    ),
+    "DeepSpeed does not use apex": (
+        {"optim.engine": "deepspeed", "parallel.kernels": "apex"},
+        None,
+        "optim.engine=deepspeed has no use for parallel.kernels=apex: its update is torch's fused AdamW: "
+        "use parallel.kernels=auto or torch, or optim.engine=native",
+    ),
     "DeepSpeed has no tensor parallelism": (
         {"optim.engine": "deepspeed", "parallel.tp": 2},
         2,
