@@ -16,14 +16,9 @@ from limoe_dist.parallel.mesh import Mesh
 from tests.support.cases import perturbed_model, small_run
 
 
-def deepspeed_run(dtype: str = "fp32", *, reduce_dtype: str = "fp32") -> Run:
-    small = small_run(dtype)
-    return small.model_copy(
-        update={
-            "optim": small.optim.model_copy(update={"engine": "deepspeed"}),
-            "parallel": small.parallel.model_copy(update={"reduce_dtype": reduce_dtype}),
-        }
-    )
+def deepspeed_run() -> Run:
+    small = small_run("fp32")
+    return small.model_copy(update={"optim": small.optim.model_copy(update={"engine": "deepspeed"})})
 
 
 def refusal(run: Run) -> str:
