@@ -91,22 +91,22 @@ class _CrossEntropyInChunks(torch.autograd.Function):
             found_b = torch.where(chunk_max_b > max_b, start + column_b, found_b)
             old_max_b, max_b = max_b, torch.maximum(max_b, chunk_max_b)
             sum_b = sum_b * (old_max_b - max_b).exp() + logits_bC.sub_(max_b[:, None]).exp_().sum(-1)
-        log_sum_b = sum_b.log()
-        ctx.save_for_backward(rows_bP, columns_BP, scale, max_b + log_sum_b)
+        # In two parts: a log-sum-exp near 100 is rounded to 4e-6, and no row of the softmax would sum to 1.
+        ctx.save_for_backward(rows_bP, columns_BP, scale, max_b, sum_b)
         ctx.first, ctx.chunk = first, chunk
         correct = (found_b == torch.arange(first, first + len(rows_bP), device=rows_bP.device)).sum()
         ctx.mark_non_differentiable(correct)
-        return ((max_b - target_b) + log_sum_b).sum(), correct
+        return ((max_b - target_b) + sum_b.log()).sum(), correct
 
-    # The saved log-sum-exp is a constant to autograd: a second derivative through it would be wrong without a word.
+    # What was saved is a constant to autograd: a second derivative through it would be wrong without a word.
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """By the logits it is softmax minus one at the target; its product with the columns serves rows and scale."""
-        rows_bP, columns_BP, scale, log_sum_exp_b = ctx.saved_tensors
+        rows_bP, columns_BP, scale, max_b, sum_b = ctx.saved_tensors
         weighted_bP, grad_columns_BP = torch.zeros_like(rows_bP), torch.empty_like(columns_BP)
         for start, logits_bC in _chunks_of_logits(rows_bP, columns_BP, scale, ctx.chunk):
-            grad_logits_bC = logits_bC.sub_(log_sum_exp_b[:, None]).exp_()
+            grad_logits_bC = logits_bC.sub_(max_b[:, None]).exp_().div_(sum_b[:, None])
             grad_logits_bC.diagonal(ctx.first - start).sub_(1)
             part = slice(start, start + ctx.chunk)
             weighted_bP += grad_logits_bC @ columns_BP[part]

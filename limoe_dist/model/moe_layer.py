@@ -21,6 +21,7 @@ from limoe_dist.equations.routing import capacity, kept, service_order, slots, t
 from limoe_dist.model.tokens import TokenLayout
 from limoe_dist.parallel import counter_rng
 from limoe_dist.parallel.collectives import all_to_all_rows, max_over
+from limoe_dist.parallel.linear import autocast_type
 from limoe_dist.parallel.mesh import Axis, Mesh
 from limoe_dist.parallel.placement import Init, Placement, make_parameter
 
@@ -94,10 +95,8 @@ class MoeLayer(nn.Module):
                 routes[self.index] = self._decide(gates_GSE, layout, mode)
         route = routes[self.index]
         weight_GSK = gates_GSE.gather(-1, route.expert_GSK)
-        # The exchange and the experts run in the autocast type, the router above does not.
-        if torch.is_autocast_enabled(x_TD.device.type):
-            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
-        buffer_RD = self.experts(dispatch(x_TD, route.index))
+        # The exchange and the experts run in autocast's type, the router above does not.
+        buffer_RD = self.experts(dispatch(autocast_type(x_TD), route.index))
         out_TD = combine(buffer_RD, _flat(weight_GSK, layout), route.index)
         losses = self._losses(clean_GSE, noisy_GSE, layout) if mode.training and mode.aux else {}
         return out_TD, self._record(losses, clean_GSE, route, layout)

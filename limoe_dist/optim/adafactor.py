@@ -115,7 +115,7 @@ class _Matrix:
     @staticmethod
     def of(piece: Piece, weight_L: Tensor, *, shortest: int) -> _Matrix | None:
         """None where the second longest dim is shorter than `shortest`, or is missing."""
-        dims = _factored_dims(piece.placement, shortest=shortest)
+        dims = factored_dims(piece.placement, shortest=shortest)
         if dims is None:
             return None
         d1, d0 = dims
@@ -124,7 +124,7 @@ class _Matrix:
         return _Matrix(row, column, first, second)
 
 
-def _factored_dims(placement: Placement, *, shortest: int) -> tuple[int, int] | None:
+def factored_dims(placement: Placement, *, shortest: int) -> tuple[int, int] | None:
     """The second longest and the longest dim of the tensors that are stacked, of equals the later one first."""
     shape = placement.shape
     dims = sorted(range(placement.stacked, len(shape)), key=lambda dim: shape[dim])

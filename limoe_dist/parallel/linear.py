@@ -13,6 +13,7 @@ Source: Megatron-LM (arXiv 1909.08053), section 3, with the sequence parallelism
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,9 +22,15 @@ from limoe_dist.parallel.mesh import Axis, Mesh
 from limoe_dist.parallel.placement import Init, Placement, make_parameter
 
 
+def autocast_type(x: Tensor) -> Tensor:
+    """x in the type that autocast computes in, or as it is: what crosses ranks need not be wider."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def gather_tokens(x_TD: Tensor, tp: Axis) -> Tensor:
-    """(T, D) -> (tp * T, D). Forward: all-gather of tokens; backward: reduce-scatter, SUM."""
-    return all_gather_rows(x_TD, tp)
+    """(T, D) -> (tp * T, D) in autocast's type. Forward: all-gather of tokens; backward: reduce-scatter, SUM."""
+    return all_gather_rows(autocast_type(x_TD), tp)
 
 
 def scatter_tokens(x_TD: Tensor, tp: Axis) -> Tensor:
