@@ -185,11 +185,15 @@ class Subject:
 
 def _evaluate(options: Options, inputs: Inputs) -> None:
     """The part that every rank runs. Rank 0 shows and writes the result."""
+    from launch.ranks import agreement
     from limoe_dist.parallel.bootstrap import start
     from limoe_dist.parallel.place import discover
 
     run = _laid_out(inputs.run, discover(os.environ).world)
-    with start(run.parallel, os.environ) as (mesh, device), progress_bars(mesh.rank == 0) as progress:
+    files = {"--data": inputs.data, "--neighbours": inputs.neighbours or "", "data.tokenizer": run.data.tokenizer}
+    told = {"limoe eval": type(options).__name__, "--checkpoint": options.checkpoint, "--classes": inputs.classes}
+    agree = agreement(run, files=files, options=told)
+    with start(run.parallel, os.environ, agree=agree) as (mesh, device), progress_bars(mesh.rank == 0) as progress:
         subject = _loaded(options, run, inputs.data, mesh, device, progress)
         if isinstance(options, ZeroShotOptions):
             task, (content, table) = "zeroshot", _zeroshot(subject, inputs)
@@ -254,8 +258,9 @@ def _retrieval(of: Subject) -> tuple[dict[str, Any], Table]:
 
 
 def _laid_out(run: Run, world: int) -> Run:
-    """The run's tp and ep, or the largest that also divide the number of ranks."""
-    return _with(run, "parallel", tp=math.gcd(run.parallel.tp, world), ep=math.gcd(run.parallel.ep, world))
+    """The run's tp and ep, or the largest that also divide the number of ranks; kernels of whatever device is here."""
+    tp, ep = math.gcd(run.parallel.tp, world), math.gcd(run.parallel.ep, world)
+    return _with(run, "parallel", tp=tp, ep=ep, kernels="auto")
 
 
 def open_run_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:

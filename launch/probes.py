@@ -5,7 +5,6 @@ Packages with native libraries are imported in a process of their own: a broken 
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.metadata
 import json
 import os
@@ -18,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from limoe_dist.parallel.apex import HOW, shortfall
 
 Status = Literal["ok", "missing"]
 TIMEOUT_S = 120.0
@@ -200,19 +201,10 @@ def deepspeed() -> list[Finding]:
 
 
 def apex() -> list[Finding]:
-    """NVIDIA's apex, known by its fused optimizer and kernels: the `apex` of PyPI has the name only."""
-    how = "fused optimizer kernels on GPUs: build github.com/NVIDIA/apex, never `pip install apex`"
-    # The path finder looks without importing: importing a stranger's apex would run its code.
-    spec = importlib.machinery.PathFinder.find_spec("apex")
-    if spec is None:
-        return [missing("apex", "not installed", how)]
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
-        found = "an apex without apex.optimizers.FusedAdam: PyPI's, a Pyramid toolkit, is another project"
-        return [missing("apex", found, f"{how}; pip uninstall apex")]
-    if importlib.machinery.PathFinder.find_spec("amp_C") is None:
-        return [missing("apex", "apex.optimizers.FusedAdam is there, its kernels (amp_C) are not built", how)]
-    return [ok("apex", "NVIDIA's: apex.optimizers.FusedAdam and amp_C (found; not imported)")]
+    """NVIDIA's apex, known by its features and kernels: the `apex` of PyPI has the name only."""
+    if found := shortfall():
+        return [missing("apex", found, f"fused AdamW and layer norm on GPUs: {HOW}")]
+    return [ok("apex", "NVIDIA's: FusedAdam, layer norm and their kernels (found; not imported)")]
 
 
 _MPI = """

@@ -1,18 +1,48 @@
-"""`--ranks N`: starts N ranks of a limoe command on this machine, by torch's elastic launcher, and waits for them."""
+"""`--ranks N`: starts N ranks of a limoe command on this machine, by torch's elastic launcher, and waits for them.
+
+And what ranks must have been started with alike, whoever started them.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
 import sys
 import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from limoe_dist.config.schema import Run
+from limoe_dist.data.manifest import sha256_of
+
+
+def agreement(run: Run, *, files: Mapping[str, str], options: Mapping[str, object]) -> dict[str, str]:
+    """By name, the text of what must be the same on all ranks: settings, options, and the content of files.
+
+    files: paths by name; a folder stands for its manifest.json. The settings of `data` are paths and threads, which
+    may differ from host to host, and only rank 0 writes what `log` is about.
+    """
+    content = run.model_dump(mode="json", exclude={"data", "log", "preset"})
+    settings = {f"{section}.{name}": value for section, fields in content.items() for name, value in fields.items()}
+    words = {name: json.dumps(value) for name, value in {"preset": run.preset, **settings, **options}.items()}
+    return words | {f"sha256 of {name}": _checksum(path) for name, path in files.items()}
+
+
+def _checksum(path: str) -> str:
+    if not path:
+        return "none given"
+    file = Path(path) / "manifest.json" if Path(path).is_dir() else Path(path)
+    return sha256_of(file) if file.is_file() else "not there"
 
 
 def run_local(command: list[str], *, ranks: int, threads: int, grace_s: float) -> int:
     """Runs `python -m limoe_dist COMMAND` on `ranks` ranks; returns its exit status.
 
     On SIGTERM or Ctrl-C every rank gets the signal and `grace_s` seconds to save before it is killed;
-    the status is then 128 + the signal's number. Otherwise it is the status of the first rank that failed.
+    the status is then 128 + the signal's number. Otherwise it is the status of the first rank that failed; one that
+    was ended by a signal cannot say so, and is named here.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -38,6 +68,11 @@ def run_local(command: list[str], *, ranks: int, threads: int, grace_s: float) -
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except ChildFailedError as failed:
-        status: int = failed.get_first_failure()[1].exitcode
-        return status if status > 0 else 128 - status
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode >= 0:
+            return int(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        cause = ": the system does that where memory runs out" if name == "SIGKILL" else ""
+        print(f"limoe: error: rank {rank} was ended by signal {-failure.exitcode} ({name}){cause}", file=sys.stderr)
+        return 128 - failure.exitcode
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +59,28 @@ def main(argv: list[str]) -> int:
     out, resume = Path(command.resume or command.out), bool(command.resume)
 
     from limoe_dist.parallel.place import discover
-    from limoe_dist.train.folder import new_run_problem, resume_problems
 
     place = discover(os.environ)
-    alone = place.found_by == "alone"
-    check(run, world=command.ranks if alone else place.world)
+    alone, problem = place.found_by == "alone", ""
+    try:
+        _check(run, out, world=command.ranks if alone else place.world, resume=resume, alone=alone)
+    except UserError as error:
+        if alone:
+            raise
+        # Ranks that were started from outside meet first, to tell it once.
+        problem = str(error)
+    if alone and command.ranks > 1:
+        return _start_ranks(argv, run, out, ranks=command.ranks, stop_after=command.stop_after)
+    # torchrun takes a worker's status other than 0 for a fault and would say so at length.
+    quiet = place.found_by == "torchrun"
+    return _train(run, out, resume=resume, stop_after=command.stop_after or None, quiet=quiet, problem=problem)
+
+
+def _check(run: Run, out: Path, *, world: int, resume: bool, alone: bool) -> None:
+    """What can be checked before a rank starts. Raises UserError."""
+    from limoe_dist.train.folder import new_run_problem, resume_problems
+
+    check(run, world=world)
     rows = load_manifest(Path(run.data.manifest)).rows
     if run.train.batch_pairs > rows and alone:
         print(
@@ -77,11 +95,6 @@ def main(argv: list[str]) -> int:
         problems = [problem]
     if problems:
         raise UserError("\n".join(problems))
-    if alone and command.ranks > 1:
-        return _start_ranks(argv, run, out, ranks=command.ranks, stop_after=command.stop_after)
-    # torchrun takes a worker's status other than 0 for a fault and would say so at length.
-    quiet = place.found_by == "torchrun"
-    return _train(run, out, resume=resume, stop_after=command.stop_after or None, quiet=quiet)
 
 
 def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
@@ -133,12 +146,13 @@ def _start_ranks(argv: list[str], run: Run, out: Path, *, ranks: int, stop_after
     if ended is not None and ended.signal:
         return 128 + ended.signal
     if ended is None and status > 128:
-        print(
-            f"limoe: error: the ranks were ended by signal {status - 128} before they had saved; the newest "
-            "checkpoint, if any, stands "
-            f"(train.stop_grace_s={run.train.stop_grace_s:g} is how long a save may take after a stop)",
-            file=sys.stderr,
-        )
+        if status - 128 in (signal.SIGINT, signal.SIGTERM):
+            print(
+                f"limoe: error: the ranks were ended by signal {status - 128} before they had saved; the newest "
+                "checkpoint, if any, stands "
+                f"(train.stop_grace_s={run.train.stop_grace_s:g} is how long a save may take after a stop)",
+                file=sys.stderr,
+            )
         return 1
     return status
 
@@ -152,11 +166,15 @@ def _value_of(option: str, argv: list[str]) -> str | None:
     return None
 
 
-def _train(run: Run, out: Path, *, resume: bool, stop_after: int | None, quiet: bool) -> int:
+def _train(run: Run, out: Path, *, resume: bool, stop_after: int | None, quiet: bool, problem: str) -> int:
+    from launch.ranks import agreement
     from limoe_dist.parallel.bootstrap import start
     from limoe_dist.train.loop import train
 
-    with start(run.parallel, os.environ) as (mesh, device):
+    files = {"data.manifest": run.data.manifest, "data.validation": run.data.validation}
+    options = {"--resume": resume, "--stop-after": stop_after}
+    agree = agreement(run, files=files | {"data.tokenizer": run.data.tokenizer}, options=options)
+    with start(run.parallel, os.environ, agree=agree, problem=problem) as (mesh, device):
         outcome = train(run, out, mesh=mesh, device=device, resume=resume, stop_after=stop_after)
         if mesh.rank == 0:
             done = outcome.step == run.train.steps

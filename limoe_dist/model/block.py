@@ -35,9 +35,9 @@ class Block(nn.Module):
     def __init__(self, run: Run, index: int, *, mesh: Mesh) -> None:
         super().__init__()
         width = run.model.width
-        self.norm1 = LayerNorm(width, mesh=mesh)
+        self.norm1 = LayerNorm(width, mesh=mesh, kernels=run.parallel.kernels)
         self.attention = Attention(width=width, heads=run.model.heads, mesh=mesh)
-        self.norm2 = LayerNorm(width, mesh=mesh)
+        self.norm2 = LayerNorm(width, mesh=mesh, kernels=run.parallel.kernels)
         if index in run.moe.blocks:
             self.moe = MoeLayer(run, index, mesh=mesh)
         else:

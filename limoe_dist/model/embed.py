@@ -10,6 +10,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from limoe_dist.parallel.apex import Kernels, layer_norm
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.parallel.placement import ONES, ZEROS, Init, Placement, make_parameter
 
@@ -17,14 +18,15 @@ from limoe_dist.parallel.placement import ONES, ZEROS, Init, Placement, make_par
 class LayerNorm(nn.Module):
     """Layer normalisation with flax's epsilon, 1e-6."""
 
-    def __init__(self, width: int, *, mesh: Mesh) -> None:
+    def __init__(self, width: int, *, mesh: Mesh, kernels: Kernels) -> None:
         super().__init__()
         self.weight = make_parameter(Placement((width,), ONES, wide=True), mesh)
         self.bias = make_parameter(Placement((width,), ZEROS, wide=True), mesh)
+        self._layer_norm = layer_norm(kernels, self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D), in the type of its own weights: at least float32."""
-        return F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, self.bias, eps=1e-6)
+        return self._layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, self.bias, 1e-6)
 
 
 class PatchEmbed(nn.Module):

@@ -41,7 +41,7 @@ class Limoe(nn.Module):
         self.image_embed = PatchEmbed(patch=run.image.patch, num_tokens=run.image_tokens, width=width, mesh=mesh)
         self.text_embed = TextEmbed(vocab_size=run.text.vocab_size, num_tokens=run.text.length, width=width, mesh=mesh)
         self.blocks = nn.ModuleList(Block(run, index, mesh=mesh) for index in range(run.model.depth))
-        self.norm = LayerNorm(width, mesh=mesh)
+        self.norm = LayerNorm(width, mesh=mesh, kernels=run.parallel.kernels)
         projection = Placement((width, embed_dim), Init.lecun(width), decay=True)
         self.image_projection = make_parameter(projection, mesh)
         self.text_projection = make_parameter(projection, mesh)

@@ -47,8 +47,10 @@ class NativeEngine:
         )
         self.buckets = self.sums.buckets
         self.masters = [_masters(bucket, dtype) for bucket in self.buckets]
-        rule = Adafactor if run.optim.name == "adafactor" else AdamW
-        self.rule: Rule = rule(self.buckets, self.masters, self.sums.sums, run.optim)
+        state = self.buckets, self.masters, self.sums.sums, run.optim
+        self.rule: Rule = (
+            Adafactor(*state) if run.optim.name == "adafactor" else AdamW(*state, kernels=run.parallel.kernels)
+        )
 
     @property
     def steps(self) -> int:

@@ -1,44 +1,43 @@
-"""From a started process to a rank that speaks with the others: process group, mesh, device."""
+"""From a started process to a rank that speaks with the others: process group, mesh, device, and a watch over them."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Parallel
-from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.parallel.links import check_links
+from limoe_dist.parallel.mesh import Axis, Mesh
 from limoe_dist.parallel.place import Place, discover
+from limoe_dist.parallel.preflight import Meeting, meet
+from limoe_dist.parallel.traffic import Traffic
+from limoe_dist.parallel.watchdog import watch
 
-
-def _meet_by_mpi(place: Place) -> tuple[str, int]:
-    """Rank 0 tells all where it listens. A collective over MPI."""
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise UserError(f"started by mpirun, but mpi4py does not import ({error}): pip install mpi4py") from None
-    told = None
-    if place.rank == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            told = f"{socket.gethostname()} {probe.getsockname()[1]}"
-    # As bytes of a fixed size: lower-case bcast would pickle.
-    message = bytearray((told or "").encode().ljust(300))
-    MPI.COMM_WORLD.Bcast([message, MPI.BYTE], root=0)
-    host, port = message.decode().split()
-    return host, int(port)
+BEHIND_S = 30.0
+"""A group's own limit is so much longer than the watch's, which says more."""
 
 
 @contextmanager
-def start(parallel: Parallel, environ: Mapping[str, str]) -> Iterator[tuple[Mesh, torch.device]]:
+def start(
+    parallel: Parallel,
+    environ: Mapping[str, str],
+    *,
+    agree: Mapping[str, str] = MappingProxyType({}),
+    problem: str = "",
+) -> Iterator[tuple[Mesh, torch.device]]:
     """Joins the other ranks and gives this rank's mesh and device; leaves the process group at the end.
 
-    CPU ranks speak gloo, GPU ranks NCCL. Raises UserError where the layout does not fit the number of ranks.
+    agree: by name, the text of what all ranks must have been started with; code and number of ranks are added.
+    problem: a UserError's text, where this rank has found already that it cannot go on: all ranks then raise it.
+    CPU ranks speak gloo, GPU ranks NCCL. Raises UserError where ranks do not come, differ, or cannot reach each other,
+    and where the layout does not fit the number of ranks. Inside the `with`, any other exception of one rank ends all
+    ranks with status 1 within seconds; so does a collective that takes longer than parallel.timeout_s.
     """
     place = discover(environ)
     torch.set_num_threads(parallel.threads)
@@ -47,17 +46,44 @@ def start(parallel: Parallel, environ: Mapping[str, str]) -> Iterator[tuple[Mesh
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if place.world == 1:
+        if problem:
+            raise UserError(problem)
         yield Mesh.single(), device
         return
-    host, port = (place.address, place.port) if place.address else _meet_by_mpi(place)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{host}:{port}",
-        rank=place.rank,
-        world_size=place.world,
-        timeout=timedelta(seconds=parallel.timeout_s),
-    )
+    meeting = meet(place, environ, timeout_s=parallel.start_timeout_s, agree=agree, problem=problem)
+    # A GPU's collective returns before it is done.
+    traffic = Traffic(mark=_cuda_marker if device.type == "cuda" else None)
     try:
-        yield Mesh.build(tp=parallel.tp, ep=parallel.ep), device
+        limit = min((parallel.start_timeout_s, "parallel.start_timeout_s"), (parallel.timeout_s, "parallel.timeout_s"))
+        with watch(meeting, traffic, limit_s=limit[0], limit_name=limit[1]) as watchdog:
+            mesh = _connect(parallel, place, meeting, device, traffic)
+            check_links(mesh, device, hosts=meeting.hosts)
+            traffic.reset()
+            watchdog.limit(parallel.timeout_s, "parallel.timeout_s")
+            yield mesh, device
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _connect(parallel: Parallel, place: Place, meeting: Meeting, device: torch.device, traffic: Traffic) -> Mesh:
+    """The process group of all ranks, and those of the mesh."""
+    timeout = timedelta(seconds=parallel.timeout_s + BEHIND_S)
+    with traffic.call("connect", Axis("world", place.world, place.rank, None, traffic), 0):
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("groups", meeting.store),
+            rank=place.rank,
+            world_size=place.world,
+            timeout=timeout,
+        )
+    try:
+        return Mesh.build(tp=parallel.tp, ep=parallel.ep, timeout=timeout, traffic=traffic)
+    except ValueError as error:
+        raise UserError(str(error), told_by=0) from None
+
+
+def _cuda_marker() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event

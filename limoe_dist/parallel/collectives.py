@@ -17,6 +17,7 @@ from torch import Tensor
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.parallel.mesh import Axis
+from limoe_dist.parallel.traffic import Call
 
 
 def all_gather_rows(x: Tensor, axis: Axis) -> Tensor:
@@ -69,33 +70,38 @@ class _AllToAllRows(torch.autograd.Function):
 
 def _gather(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_single(out, x.contiguous(), group=axis.group)
+    with axis.traffic.call("all_gather", axis, out.nbytes):
+        dist.all_gather_single(out, x.contiguous(), group=axis.group)
     return out
 
 
 def _scatter(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_single(out, x.contiguous(), group=axis.group)
+    with axis.traffic.call("reduce_scatter", axis, x.nbytes):
+        dist.reduce_scatter_single(out, x.contiguous(), group=axis.group)
     return out
 
 
 def _exchange(x: Tensor, axis: Axis) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(out, x.contiguous(), group=axis.group)
+    with axis.traffic.call("all_to_all", axis, x.nbytes):
+        dist.all_to_all_single(out, x.contiguous(), group=axis.group)
     return out
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """The sum of a tensor over the axis, in place and without a gradient; for counts and metrics."""
     if axis.group is not None:
-        dist.all_reduce(x, group=axis.group)
+        with axis.traffic.call("all_reduce", axis, x.nbytes):
+            dist.all_reduce(x, group=axis.group)
     return x
 
 
 def max_over(x: Tensor, axis: Axis) -> Tensor:
     """The maximum over the axis, in place and without a gradient."""
     if axis.group is not None:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
+        with axis.traffic.call("all_reduce", axis, x.nbytes):
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
     return x
 
 
@@ -132,16 +138,19 @@ class Pending:
     """A collective that was started and goes on by itself."""
 
     work: dist.Work
+    call: Call
 
     def wait(self) -> None:
-        self.work.wait()
+        with self.call:
+            self.work.wait()
 
 
 def start_reduce_scatter(out: Tensor, x: Tensor, axis: Axis) -> Pending:
     """Starts the sum of `x` (size, n) over an axis of size > 1; row r arrives as `out` (n,) at rank r."""
+    call = axis.traffic.call("reduce_scatter", axis, x.nbytes)
     work = dist.reduce_scatter_single(out, x.view(-1), group=axis.group, async_op=True)
     assert work is not None
-    return Pending(work)
+    return Pending(work, call)
 
 
 def gather_into(out: Tensor, x: Tensor, axis: Axis) -> None:
@@ -149,4 +158,5 @@ def gather_into(out: Tensor, x: Tensor, axis: Axis) -> None:
     if axis.group is None:
         out.view(-1).copy_(x)
     else:
-        dist.all_gather_single(out.view(-1), x, group=axis.group)
+        with axis.traffic.call("all_gather", axis, out.nbytes):
+            dist.all_gather_single(out.view(-1), x, group=axis.group)

@@ -12,9 +12,12 @@ Every rank is a data rank: it loads its own pairs and keeps only their activatio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch.distributed as dist
+
+from limoe_dist.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Axis:
     size: int
     index: int
     group: dist.ProcessGroup | None
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
+    """Counts what crosses the ranks; one object for all axes of a mesh."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,14 @@ class Mesh:
     @staticmethod
     def single() -> Mesh:
         """The mesh of one process: every parallel module becomes an ordinary one."""
-        return Mesh(*(Axis(name, 1, 0, None) for name in ("world", "dp", "tp", "edp", "ep")))
+        traffic = Traffic()
+        return Mesh(*(Axis(name, 1, 0, None, traffic) for name in ("world", "dp", "tp", "edp", "ep")))
 
     @staticmethod
-    def build(*, tp: int, ep: int) -> Mesh:
+    def build(*, tp: int, ep: int, timeout: timedelta | None = None, traffic: Traffic | None = None) -> Mesh:
         """Cuts all ranks of the started process group; a collective: every rank calls it with the same sizes.
 
+        timeout: of every group that is made; None: torch's own.
         Raises ValueError where tp or ep does not divide the number of ranks.
         """
         world, rank = dist.get_world_size(), dist.get_rank()
@@ -56,22 +63,32 @@ class Mesh:
                 raise ValueError(f"parallel.{name}={size} must divide the number of ranks, {world}")
         if world == 1:
             return Mesh.single()
-        return Mesh(
-            world=Axis("world", world, rank, dist.group.WORLD),
-            dp=_axis("dp", [list(range(place, world, tp)) for place in range(tp)], rank),
-            tp=_axis("tp", [list(range(first, first + tp)) for first in range(0, world, tp)], rank),
-            edp=_axis("edp", [list(range(place, world, ep)) for place in range(ep)], rank),
-            ep=_axis("ep", [list(range(first, first + ep)) for first in range(0, world, ep)], rank),
+        traffic = Traffic() if traffic is None else traffic
+
+        def axis(name: str, groups: list[list[int]]) -> Axis:
+            mine = next(ranks for ranks in groups if rank in ranks)
+            return _with_group(Axis(name, len(mine), mine.index(rank), None, traffic), groups, rank, timeout)
+
+        mesh = Mesh(
+            world=Axis("world", world, rank, dist.group.WORLD, traffic),
+            dp=axis("dp", [list(range(place, world, tp)) for place in range(tp)]),
+            tp=axis("tp", [list(range(first, first + tp)) for first in range(0, world, tp)]),
+            edp=axis("edp", [list(range(place, world, ep)) for place in range(ep)]),
+            ep=axis("ep", [list(range(first, first + ep)) for first in range(0, world, ep)]),
         )
+        # Counts are of what the groups are used for, not of making them.
+        traffic.reset()
+        return mesh
 
 
-def _axis(name: str, groups: list[list[int]], rank: int) -> Axis:
-    mine = next(ranks for ranks in groups if rank in ranks)
+def _with_group(axis: Axis, groups: list[list[int]], rank: int, timeout: timedelta | None) -> Axis:
+    if axis.size == 1:
+        return axis
     made = None
-    if len(mine) > 1:
-        # new_group is a collective over all ranks: each makes every group, in the same order.
+    # new_group is a collective over all ranks: each makes every group, in the same order.
+    with axis.traffic.call("connect", axis, 0):
         for ranks in groups:
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=timeout, group_desc=axis.name)
             if rank in ranks:
                 made = group
-    return Axis(name, len(mine), mine.index(rank), made)
+    return replace(axis, group=made)

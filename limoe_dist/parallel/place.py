@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from limoe_dist.config.errors import UserError
@@ -22,6 +23,8 @@ class Place:
     """Host name or address of rank 0; empty where world is 1, or where MPI has to tell it."""
     port: int
     found_by: Literal["torchrun", "SLURM", "MPI", "alone"]
+    local_world: int = 0
+    """Ranks of this host; 0 where the launcher does not say."""
 
 
 def discover(environ: Mapping[str, str]) -> Place:
@@ -38,6 +41,7 @@ def discover(environ: Mapping[str, str]) -> Place:
             address=environ.get("MASTER_ADDR", "127.0.0.1"),
             port=_number(environ, "MASTER_PORT", 29500),
             found_by="torchrun",
+            local_world=_number(environ, "LOCAL_WORLD_SIZE", 0),
         )
     # Variables of a step: a batch script has SLURM_PROCID and SLURM_NTASKS too, but is alone until it calls srun.
     if _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in environ:
@@ -60,6 +64,7 @@ def discover(environ: Mapping[str, str]) -> Place:
             address=environ.get("MASTER_ADDR", ""),
             port=_number(environ, "MASTER_PORT", 0),
             found_by="MPI",
+            local_world=_number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 0),
         )
     return Place(rank=0, world=1, local_rank=0, address="", port=0, found_by="alone")
 
@@ -73,7 +78,59 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 def first_host(nodelist: str) -> str:
     """The first host of Slurm's compressed list: `gpu[03-05,9],login1` gives `gpu03`."""
-    match = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\])?([^\[,]*)", nodelist)
-    if match is None or not match.group(0):
+    hosts = expand_hosts(nodelist)
+    if not hosts:
         raise UserError(f'cannot read the first host of the Slurm node list "{nodelist}": set MASTER_ADDR')
-    return match.group(1) + (match.group(2) or "") + match.group(3)
+    return hosts[0]
+
+
+def expand_hosts(nodelist: str) -> list[str]:
+    """All hosts of Slurm's compressed list: `gpu[03-05,9],login1` gives gpu03, gpu04, gpu05, gpu9 and login1."""
+    hosts = []
+    for before, numbers, after in re.findall(r"([^\[\],]*)(?:\[([\d,-]+)\])?([^\[\],]*)", nodelist):
+        if not numbers:
+            hosts += [before + after] if before + after else []
+            continue
+        for part in numbers.split(","):
+            first, _, last = part.partition("-")
+            span = range(int(first), int(last or first) + 1)
+            hosts += [f"{before}{number:0{len(first)}d}{after}" for number in span]
+    return hosts
+
+
+def expected_hosts(place: Place, environ: Mapping[str, str]) -> dict[int, str]:
+    """The host of each rank by Slurm's word, before any rank has come; empty where the launcher does not tell it."""
+    if place.found_by != "SLURM":
+        return {}
+    hosts = expand_hosts(environ.get("SLURM_STEP_NODELIST", ""))
+    # 2(x3),1: three hosts with two tasks each, then one with one.
+    tasks = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    room = [int(count) for count, times in tasks for _ in range(int(times or 1))]
+    if len(room) != len(hosts) or sum(room) != place.world:
+        return {}
+    pairs = [(turn, node) for node, count in enumerate(room) for turn in range(count)]
+    match re.split("[:,]", environ.get("SLURM_DISTRIBUTION", "block"))[0]:
+        case "block":
+            return {rank: hosts[node] for rank, (_, node) in enumerate(pairs)}
+        case "cyclic":
+            return {rank: hosts[node] for rank, (_, node) in enumerate(sorted(pairs))}
+    return {}
+
+
+def name_ranks(ranks: Iterable[int], hosts: Sequence[str] | Mapping[int, str]) -> str:
+    """`ranks 0-2 (host a), rank 5 (host b)`; a rank whose host is empty or unknown comes without one."""
+    known = dict(hosts) if isinstance(hosts, Mapping) else dict(enumerate(hosts))
+    of_host: dict[str, list[int]] = {}
+    for rank in sorted(ranks):
+        of_host.setdefault(known.get(rank, ""), []).append(rank)
+    return ", ".join(
+        f"{'rank' if len(together) == 1 else 'ranks'} {_spans(together)}" + (f" (host {host})" if host else "")
+        for host, together in of_host.items()
+    )
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """`0-2, 5` for 0, 1, 2, 5."""
+    # Neighbours have the same distance from their place in the list.
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

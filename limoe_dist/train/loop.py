@@ -14,6 +14,7 @@ from limoe_dist.config.schema import Run
 from limoe_dist.data.loader import Batch, Loader
 from limoe_dist.model.tower import build_model
 from limoe_dist.optim.engine import make_engine
+from limoe_dist.parallel import apex
 from limoe_dist.parallel.collectives import all_or_none, max_over
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train.display import Display
@@ -47,6 +48,7 @@ def train(
         with all_or_none(mesh.world, device):
             if mesh.rank == 0 and not resume and (problem := new_run_problem(out)):
                 raise UserError(problem)
+            apex.check(run.parallel.kernels, device)
         model = build_model(run, mesh=mesh, device=device)
         engine = make_engine(model, run, mesh)
         restart = Restart(run, out, engine, inputs, mesh, device)

@@ -71,19 +71,19 @@ def _install(folder: Path, *files: str) -> None:
         path.write_text("raise SystemExit('apex must not be imported')\n")
 
 
-def test_apex_is_known_by_its_fused_optimizer_not_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_is_known_by_its_features_not_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert probes.apex()[0].found == "not installed"
     _install(tmp_path, "apex/__init__.py")
     (pyramid,) = probes.apex()
     assert pyramid.status == "missing"
     assert "another project" in pyramid.found
-    _install(tmp_path, "apex/optimizers/__init__.py", "apex/optimizers/fused_adam.py")
-    sys.path_importer_cache.clear()
+    _install(tmp_path, "apex/optimizers/fused_adam.py", "apex/normalization/fused_layer_norm.py")
     (without_kernels,) = probes.apex()
     assert without_kernels.status == "missing"
-    assert "amp_C" in without_kernels.found
-    _install(tmp_path, "amp_C.py")
+    assert "amp_C and fused_layer_norm_cuda" in without_kernels.found
+    assert "github.com/NVIDIA/apex" in without_kernels.loss
+    _install(tmp_path, "amp_C.py", "fused_layer_norm_cuda.py")
     sys.path_importer_cache.clear()
     assert probes.apex()[0].status == "ok"
 

@@ -1,4 +1,4 @@
-"""Rank discovery from the variables of torchrun, Slurm and Open MPI."""
+"""Rank discovery from the variables of torchrun, Slurm and Open MPI; hosts by rank; ranks of a real mpirun."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.parallel.place import Place, discover, first_host
+from limoe_dist.parallel.place import Place, discover, expand_hosts, expected_hosts, first_host, name_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "1234"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "42"}
@@ -47,6 +47,30 @@ def test_open_mpi_tells_ranks_and_leaves_the_address_to_mpi() -> None:
 )
 def test_the_first_host_of_a_compressed_list(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
+
+
+def test_all_hosts_of_a_compressed_list_keep_their_leading_zeros() -> None:
+    assert expand_hosts("gpu[08-10,2]-ib,login1") == ["gpu08-ib", "gpu09-ib", "gpu10-ib", "gpu2-ib", "login1"]
+
+
+@pytest.mark.parametrize(
+    ("distribution", "hosts"),
+    [
+        ({}, ["n1", "n1", "n2", "n2", "n3"]),
+        ({"SLURM_DISTRIBUTION": "cyclic:block"}, ["n1", "n2", "n3", "n1", "n2"]),
+        ({"SLURM_DISTRIBUTION": "plane"}, []),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2,1"}, []),
+    ],
+)
+def test_slurms_lists_give_the_host_of_each_rank_where_they_can(distribution: dict[str, str], hosts: list[str]) -> None:
+    place = Place(0, 5, 0, "n1", 1, "SLURM")
+    environ = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"} | distribution
+    assert expected_hosts(place, environ) == dict(enumerate(hosts))
+
+
+def test_ranks_are_named_by_host_with_neighbours_together() -> None:
+    assert name_ranks([3], {}) == "rank 3"
+    assert name_ranks([5, 0, 2, 1, 9], ["a", "a", "a", "b", "b", "b"]) == "ranks 0-2 (host a), rank 5 (host b), rank 9"
 
 
 def test_a_variable_that_is_no_number_is_named() -> None:
