@@ -1,15 +1,15 @@
-"""`limoe plan PRESET`: what a run consists of and who holds what, without training; modules are built on `meta`."""
+"""`limoe plan PRESET`: what a run consists of, who holds what and what crosses ranks, without training."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from launch.counting import Parameters, Shape, count_parameters, first_of_mesh, meta_model, shape_of
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import preset_named
 from limoe_dist.config.presets import names
@@ -17,7 +17,10 @@ from limoe_dist.config.rules import check
 from limoe_dist.config.schema import Parallel, Run
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from launch.memory import Memory
+    from launch.traffic import Exchange
+
+DType = Literal["fp32", "fp64", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,37 @@ class PlanCommand:
     """Count the parameters of a run and lay it out on ranks, without training and without memory.
 
     Parameters are counted from the real modules. Per token: all but the experts that a token does not visit.
-    Bytes per rank are a closed formula: parameters of the rank x (4 weight + 4 gradient + 8 AdamW moments), twice
-    that with --train.dtype fp64. Activations, decoded pictures and the framework's own memory come on top.
-    All-to-all per step and rank, also a formula: 4 exchanges (to the experts and back, forward and backward)
-    x MoE blocks x experts x routing groups of the rank x capacity x width x bytes of a number; (ep - 1) / ep of it
-    leaves the rank. Exit status 2, with every broken rule, where the run cannot be laid out on --ranks.
+
+    Bytes are closed formulas of the native engine; optim.engine=deepspeed cuts the same tensors in its own way.
+    With train.dtype=auto they are given for both of its meanings: bf16 on a GPU, fp32 on a CPU.
+
+    Bytes of a number:
+    - s in the blocks: 2 in bf16, 4 in fp32, 8 in fp64
+    - w where it stays wide: 4, in fp64 8
+    - r where it is summed over ranks: 4, with parallel.reduce_dtype or train.dtype fp64 8
+
+    Memory of a rank; pieces are its share of what it holds, 1 / replicas, with the padding of uneven cuts:
+    - weights: s for each parameter of the rank, w for those of norms, router and temperature
+    - gradients: r for each parameter of the rank
+    - sums of gradients: r for its pieces, none without replicas
+    - masters: r for its pieces
+    - AdamW: 2 r for its pieces; Adafactor: r for its pieces and for one bucket, with rows and columns
+    - on top: activations, weights of a bucket on their way, decoded pictures, the framework's own memory
+
+    Collectives of a step, in bytes of whole buffers, of an all-gather its output; T is the tokens of a rank:
+    - ep: for each MoE block 2 all-to-all of experts x routing groups of the rank x capacity x width x s
+    - tp: for each attention and dense MLP an all-gather of tp x T x width x s before it
+    - tp: after each of them a reduce-scatter of tp x T x width x s
+    - tp: with text.pad=masked for each block an all-gather of tp x text tokens of the rank, a byte each
+    - backward: all of these turned round, but for the masks
+    - train.microbatch_pairs: one forward pass more; train.recompute: one more, less what follows a dense MLP
+    - loss: all-gather of 2 x batch x embed_dim x w, and a reduce-scatter of as much
+    - update: over the replicas (world, dp or edp) a reduce-scatter of gradients and an all-gather of weights
+    - update: all-reduce of the norm's 8 bytes, and of Adafactor's rows and columns that ranks share
+    - of a buffer (n - 1) / n leaves a rank of n, of an all-reduce twice that
+    - not counted: votes, metrics, evaluation and checkpoints
+
+    Exit status 2, with every broken rule, where the run cannot be laid out on --ranks.
     """
 
     run: Annotated[Run, tyro.conf.arg(name="")]
@@ -40,29 +69,25 @@ class PlanCommand:
 
 
 @dataclass(frozen=True)
-class Parameters:
-    total: int
-    per_token: int
-    """Total without the experts that a token does not visit."""
-    router: int
-    experts: int
+class Compute:
+    """Forward passes' worth of arithmetic in a step: a backward pass counts 2."""
+
+    forward: int
+    backward: int
+    embedding_pass: int
+    """Of train.microbatch_pairs: every pair is embedded once before."""
+    recompute: int
+    factor: float
+    """Of a step with neither."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What does not depend on the number of ranks."""
+class Cost:
+    """Of one rank, where the blocks compute in one type."""
 
-    tokens_per_pair: int
-    image_tokens: int
-    text_tokens: int
-    moe_blocks: tuple[int, ...]
-    num_experts: int
-    group_tokens: int
-    """Tokens of a routing group; 0 for a dense model, like the next two."""
-    capacity: int
-    """Slots of each expert in a routing group."""
-    groups: int
-    """Routing groups of the global batch."""
+    memory: Memory
+    exchanges: tuple[Exchange, ...]
+    """In one step; those within a rank are left out."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +99,12 @@ class Layout:
     pairs_per_rank: int
     groups_per_rank: int
     parameters_per_rank: int
-    bytes_per_rank: dict[str, int]
-    all_to_all_bytes: dict[str, int]
-    """Per step and rank, for each type that the blocks may compute in; 0 where experts are not shared."""
+    microbatches: int
+    compute: Compute
+    costs_of_engine: Literal["native"]
+    """Whose formulas the costs are, whatever optim.engine is."""
+    costs: dict[DType, Cost]
+    """For each type that the blocks may compute in."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +133,9 @@ def main(argv: list[str]) -> int:
     if command.json:
         print(json.dumps(asdict(found), indent=2))
     else:
-        _show(found, command.run)
+        from launch.plan_tables import show
+
+        show(found, command.run)
     return 0
 
 
@@ -125,82 +155,49 @@ def plan(run: Run, *, world: int | None) -> Plan:
     return Plan(run.preset, count_parameters(run), shape_of(run), layout_of(run, world) if world else None)
 
 
-def count_parameters(run: Run) -> Parameters:
-    counts = _numels(run, tp=1, ep=1)
-    total = sum(counts.values())
-    experts = sum(count for name, count in counts.items() if ".experts." in name)
-    router = sum(count for name, count in counts.items() if name.endswith(".router"))
-    unvisited = experts // run.moe.num_experts * (run.moe.num_experts - run.moe.top_k)
-    return Parameters(total=total, per_token=total - unvisited, router=router, experts=experts)
-
-
-def _numels(run: Run, *, tp: int, ep: int) -> dict[str, int]:
-    """Elements of each parameter that one rank holds; shards are equal, so rank 0 speaks for all."""
-    import torch
-
-    from limoe_dist.model.tower import build_model
-    from limoe_dist.parallel.mesh import Axis, Mesh
-
-    one = {name: Axis(name, 1, 0, None) for name in ("world", "dp", "edp")}
-    mesh = Mesh(**one, tp=Axis("tp", tp, 0, None), ep=Axis("ep", ep, 0, None))
-    model = build_model(run, mesh=mesh, device=torch.device("meta"))
-    return {name: parameter.numel() for name, parameter in model.named_parameters()}
-
-
-def shape_of(run: Run) -> Shape:
-    from limoe_dist.equations.routing import capacity
-
-    moe = run.moe
-    tokens = run.image_tokens + run.text.length
-    group_tokens = moe.group_pairs * tokens if moe.blocks else 0
-    slots = capacity(
-        group_tokens,
-        num_experts=moe.num_experts,
-        k=moe.top_k,
-        factor=moe.capacity_factor,
-        multiple=moe.capacity_multiple,
-    )
-    return Shape(
-        tokens_per_pair=tokens,
-        image_tokens=run.image_tokens,
-        text_tokens=run.text.length,
-        moe_blocks=moe.blocks,
-        num_experts=moe.num_experts if moe.blocks else 0,
-        group_tokens=group_tokens,
-        capacity=slots if moe.blocks else 0,
-        groups=run.train.batch_pairs // moe.group_pairs if moe.blocks else 0,
-    )
-
-
 def layout_of(run: Run, world: int) -> Layout:
     """The run on `world` ranks; its rules have been checked."""
-    shape, ep = shape_of(run), run.parallel.ep
-    groups = shape.groups // world
-    parameters = sum(_numels(run, tp=run.parallel.tp, ep=ep).values())
-    word = 8 if run.train.dtype == "fp64" else 4
-    numbers = 4 * len(shape.moe_blocks) * shape.num_experts * groups * shape.capacity * run.model.width
+    from launch.traffic import num_microbatches
+
+    shape, mesh = shape_of(run), first_of_mesh(world, tp=run.parallel.tp, ep=run.parallel.ep)
     return Layout(
         world=world,
-        axes=axes_of(world, tp=run.parallel.tp, ep=ep),
-        experts_per_rank=shape.num_experts // ep,
+        axes=axes_of(world, tp=run.parallel.tp, ep=run.parallel.ep),
+        experts_per_rank=shape.num_experts // run.parallel.ep,
         pairs_per_rank=run.train.batch_pairs // world,
-        groups_per_rank=groups,
-        parameters_per_rank=parameters,
-        bytes_per_rank={
-            "weights": word * parameters,
-            "gradients": word * parameters,
-            "adamw_moments": 2 * word * parameters,
-            "sum": 4 * word * parameters,
-        },
-        all_to_all_bytes={name: size * numbers if ep > 1 else 0 for name, size in _sizes(run).items()},
+        groups_per_rank=shape.groups // world,
+        parameters_per_rank=sum(parameter.numel() for parameter in meta_model(run, mesh).parameters()),
+        microbatches=num_microbatches(run, world),
+        compute=_compute(run, world),
+        costs_of_engine="native",
+        costs={dtype: cost_of(run, world, dtype) for dtype in _dtypes(run)},
     )
 
 
-def _sizes(run: Run) -> dict[str, int]:
-    """Bytes of a number in the experts' buffers, for each type that train.dtype may mean."""
-    sizes = {"bf16": 2, "fp32": 4, "fp64": 8}
-    wanted = ("bf16", "fp32") if run.train.dtype == "auto" else (run.train.dtype,)
-    return {name: sizes[name] for name in wanted}
+def _compute(run: Run, world: int) -> Compute:
+    from launch.traffic import extra_passes
+
+    extra = extra_passes(run, world)
+    embedding, recompute = int("embedding pass" in extra), int("recompute" in extra)
+    return Compute(1, 2, embedding, recompute, factor=(3 + embedding + recompute) / 3)
+
+
+def cost_of(run: Run, world: int, dtype: DType) -> Cost:
+    """Memory and exchanges of rank 0, whose pieces are the largest, in place of train.dtype with this type."""
+    from launch.memory import memory_of
+    from launch.traffic import step_exchanges
+    from limoe_dist.optim.engine import wide_dtype
+    from limoe_dist.parallel.pieces import make_buckets
+
+    run = run.model_copy(update={"train": run.train.model_copy(update={"dtype": dtype})})
+    mesh = first_of_mesh(world, tp=run.parallel.tp, ep=run.parallel.ep)
+    numbers = run.parallel.bucket_mb * 1e6 / wide_dtype(run).itemsize
+    buckets = make_buckets(meta_model(run, mesh).named_parameters(), mesh, numbers=numbers)
+    return Cost(memory_of(buckets, run), tuple(step_exchanges(run, shape_of(run), mesh, buckets)))
+
+
+def _dtypes(run: Run) -> tuple[DType, ...]:
+    return ("bf16", "fp32") if run.train.dtype == "auto" else (run.train.dtype,)
 
 
 def axes_of(world: int, *, tp: int, ep: int) -> dict[str, list[list[int]]]:
@@ -210,103 +207,3 @@ def axes_of(world: int, *, tp: int, ep: int) -> dict[str, list[list[int]]]:
         axes[outer] = [list(range(place, world, size)) for place in range(size)]
         axes[inner] = [list(range(first, first + size)) for first in range(0, world, size)]
     return axes
-
-
-def _show(found: Plan, run: Run) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(_model_table(found))
-    if found.layout is not None:
-        console.print(_layout_table(found.layout, run))
-
-
-def _table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _model_table(found: Plan) -> Table:
-    count, shape = found.parameters, found.shape
-    rows = [
-        ("parameters", f"{count.total:,} ({count.total / 1e6:,.1f} M)"),
-        ("parameters per token", f"{count.per_token:,} ({count.per_token / 1e6:,.1f} M)"),
-        ("router parameters", f"{count.router:,}"),
-        ("tokens per pair", f"{shape.tokens_per_pair} ({shape.image_tokens} image + {shape.text_tokens} text)"),
-    ]
-    if shape.moe_blocks:
-        rows += [
-            ("MoE blocks", f"{len(shape.moe_blocks)}: {', '.join(map(str, shape.moe_blocks))} (numbered from 0)"),
-            ("experts per MoE block", f"{shape.num_experts}"),
-            ("routing groups per step", f"{shape.groups:,} of {shape.group_tokens:,} tokens"),
-            ("capacity", f"{shape.capacity} slots of each expert in each group"),
-        ]
-    else:
-        rows.append(("MoE blocks", "none: a dense model"))
-    return _table(found.preset, rows)
-
-
-def _layout_table(layout: Layout, run: Run) -> Table:
-    sizes = {name: len(groups[0]) for name, groups in layout.axes.items()}
-    memory = layout.bytes_per_rank
-    rows = [
-        (
-            "world",
-            f"{layout.world} ranks = dp {sizes['dp']} x tp {sizes['tp']} = edp {sizes['edp']} x ep {sizes['ep']}",
-        ),
-        ("tp: share dense weights", _groups(layout.axes["tp"])),
-        ("dp: same dense weights", _groups(layout.axes["dp"])),
-    ]
-    if run.moe.blocks:
-        each = layout.experts_per_rank
-        held = [list(range(first, first + each)) for first in range(0, run.moe.num_experts, each)]
-        rows += [
-            ("ep: share the experts", _groups(layout.axes["ep"])),
-            ("edp: same experts", _groups(layout.axes["edp"])),
-            ("experts, by place in ep", _groups(held)),
-            ("routing groups per rank", f"{layout.groups_per_rank:,}"),
-        ]
-    rows += [
-        ("pairs per rank", f"{layout.pairs_per_rank:,}"),
-        ("parameters per rank", f"{layout.parameters_per_rank:,}"),
-        (
-            "bytes per rank (formula)",
-            f"{_gb(memory['sum'])} = weights {_gb(memory['weights'])} + gradients {_gb(memory['gradients'])} "
-            f"+ AdamW moments {_gb(memory['adamw_moments'])}; activations come on top",
-        ),
-    ]
-    if sizes["ep"] > 1:
-        exchanged = " or ".join(f"{_gb(size)} in {name}" for name, size in layout.all_to_all_bytes.items())
-        rows.append(("all-to-all per step, rank", f"{exchanged} (formula); {_leaves(sizes['ep'])} leaves the rank"))
-    return _table(f"on {layout.world} ranks", rows)
-
-
-def _leaves(ep: int) -> str:
-    return f"{ep - 1}/{ep}"
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
-
-
-def _groups(groups: list[list[int]]) -> str:
-    """`0-7 | 8-15 | ... | 56-63`: at most the first two groups and the last."""
-    texts = [_ranks(group) for group in (groups if len(groups) <= 4 else [*groups[:2], groups[-1]])]
-    if len(groups) > 4:
-        texts.insert(2, "...")
-    return " | ".join(texts)
-
-
-def _ranks(ranks: list[int]) -> str:
-    """`5`, `0-7`, `0,4,8` or `0,8,...,56`; ranks are evenly spaced."""
-    if len(ranks) > 1 and ranks[1] == ranks[0] + 1:
-        return f"{ranks[0]}-{ranks[-1]}"
-    if len(ranks) > 4:
-        return f"{ranks[0]},{ranks[1]},...,{ranks[-1]}"
-    return ",".join(map(str, ranks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from dataclasses import asdict
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from launch import plan as planning
+from launch.counting import count_parameters
+from launch.plan_tables import WORDS
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.presets import preset
 from limoe_dist.config.rules import ConfigError
@@ -19,7 +22,7 @@ from limoe_dist.config.schema import Parallel, Run
 from tests.support.ranks import RanksPool
 
 
-def _micro(*, tp: int = 1, ep: int = 1) -> Run:
+def _micro(*, tp: int = 1, ep: int = 1, dtype: str = "fp32", optimizer: str = "adamw") -> Run:
     """Two blocks, the second with 4 experts; 16 image tokens and 16 text tokens a pair."""
     run = preset("tiny")
     return run.model_copy(
@@ -29,7 +32,8 @@ def _micro(*, tp: int = 1, ep: int = 1) -> Run:
             "moe": run.moe.model_copy(
                 update={"blocks": (1,), "num_experts": 4, "group_pairs": 2, "min_image_experts": 2.0}
             ),
-            "train": run.train.model_copy(update={"batch_pairs": 16}),
+            "optim": run.optim.model_copy(update={"name": optimizer, "min_factored_dim": 8}),
+            "train": run.train.model_copy(update={"batch_pairs": 16, "dtype": dtype}),
             "parallel": Parallel(tp=tp, ep=ep),
         }
     )
@@ -37,7 +41,7 @@ def _micro(*, tp: int = 1, ep: int = 1) -> Run:
 
 def test_h14_has_the_published_parameters() -> None:
     # LIMoE section 3.2: 5.6 B parameters, 675 M applied per token; 12 routers of 1280 x 32.
-    count = planning.count_parameters(preset("h14"))
+    count = count_parameters(preset("h14"))
     assert round(count.total / 1e9, 2) == 5.55
     assert count.per_token // 10**6 == 675
     assert count.router == 12 * 1280 * 32 == 491_520
@@ -47,7 +51,7 @@ def test_the_parameters_of_a_small_model_agree_with_paper_and_pencil() -> None:
     # patch 12: 8*3*144 + 8 + 16*8 = 3592; text: 10*8 + 16*8 = 208; final norm 16, projections 2*64, scale 1: 145
     # a block: norms 32, attention 4*(64 + 8) = 288, dense MLP 8*16 + 16 + 16*8 + 8 = 280: 600
     # an MoE block: 320, router 8*4 = 32, four experts of 280 = 1120: 1472
-    count = planning.count_parameters(_micro())
+    count = count_parameters(_micro())
     assert count.total == 3592 + 208 + 145 + 600 + 1472
     assert count.router == 32
     assert count.experts == 1120
@@ -57,7 +61,7 @@ def test_the_parameters_of_a_small_model_agree_with_paper_and_pencil() -> None:
 def test_with_two_choices_a_token_visits_two_experts() -> None:
     run = _micro()
     two = run.model_copy(update={"moe": run.moe.model_copy(update={"top_k": 2})})
-    assert planning.count_parameters(two).per_token - planning.count_parameters(run).per_token == 280
+    assert count_parameters(two).per_token - count_parameters(run).per_token == 280
 
 
 def test_a_dense_model_has_no_router_and_uses_all_its_parameters() -> None:
@@ -65,7 +69,8 @@ def test_a_dense_model_has_no_router_and_uses_all_its_parameters() -> None:
     assert found.parameters.router == found.parameters.experts == found.shape.capacity == found.shape.groups == 0
     assert found.parameters.per_token == found.parameters.total
     assert found.layout is not None
-    assert set(found.layout.all_to_all_bytes.values()) == {0}
+    for cost in found.layout.costs.values():
+        assert {each.axis for each in cost.exchanges} == {"world", "dp"}
 
 
 def test_h14_on_a_node_with_8_ranks_has_its_experts_on_4_places_each() -> None:
@@ -75,12 +80,78 @@ def test_h14_on_a_node_with_8_ranks_has_its_experts_on_4_places_each() -> None:
     # 16 pairs * 272 tokens * 1.05 / 32 = 142.8, so 143 slots, rounded up to 144
     assert (found.shape.group_tokens, found.shape.capacity, found.shape.groups) == (4352, 144, 1344)
     assert (found.layout.pairs_per_rank, found.layout.groups_per_rank, found.layout.experts_per_rank) == (336, 21, 4)
-    # 12 blocks * 4 exchanges * 32 experts * 21 groups * 144 slots * 1280 numbers of 2 bytes
-    assert found.layout.all_to_all_bytes["bf16"] == 12 * 4 * 32 * 21 * 144 * 1280 * 2
-    # Seven eighths of the experts are elsewhere; weight, gradient and two moments of 4 bytes each
+    # Seven eighths of the experts are elsewhere.
     held = found.parameters.total - found.parameters.experts * 7 // 8
     assert found.layout.parameters_per_rank == held
-    assert found.layout.bytes_per_rank["sum"] == 16 * held
+    assert found.layout.costs["fp32"].memory.weights == 4 * held
+    # Forward and backward: 12 blocks * 2 exchanges * 32 experts * 21 groups * 144 slots * 1280 numbers of 2 bytes
+    exchanged = [each for each in found.layout.costs["bf16"].exchanges if each.axis == "ep"]
+    assert [(each.op, each.during, each.calls) for each in exchanged] == [
+        ("all_to_all", "forward", 24),
+        ("all_to_all", "backward", 24),
+    ]
+    for each in exchanged:
+        assert each.num_bytes == 12 * 2 * 32 * 21 * 144 * 1280 * 2
+        assert each.leaving_bytes == each.num_bytes // 8 * 7
+
+
+def test_the_memory_of_two_ranks_agrees_with_paper_and_pencil() -> None:
+    # 6017 parameters; of the experts' 1120 each rank has 560 and nobody else has them. The other 4897 have 2 replicas:
+    # the temperature is one number, for which both have room, the other 4896 fall into halves.
+    (cost,) = planning.layout_of(_micro(ep=2), 2).costs.values()
+    piece = 4896 // 2 + 1
+    memory = cost.memory
+    assert memory.weights == 4 * (4897 + 560)
+    assert memory.gradients == 4 * (2 * piece + 560)
+    assert memory.summed_pieces == 4 * piece
+    assert memory.masters == 4 * (piece + 560)
+    assert memory.optimizer == 8 * (piece + 560)
+    assert memory.sum == 4 * (4897 + 560) + 4 * (2 * piece + 560) + 4 * piece + 12 * (piece + 560)
+
+
+def test_narrow_weights_have_wide_masters_and_what_stays_wide_is_counted_wide() -> None:
+    # Two pairs of norms and the last: 5 * 16; the router's 8 * 4 and the temperature.
+    wide = 5 * 16 + 32 + 1
+    (narrow,) = planning.layout_of(_micro(dtype="bf16"), 1).costs.values()
+    assert narrow.memory.weights == 2 * (6017 - wide) + 4 * wide
+    assert narrow.memory.masters == 4 * 6017
+    (double,) = planning.layout_of(_micro(dtype="fp64"), 1).costs.values()
+    assert double.memory.sum == 8 * 5 * 6017
+
+
+def _tensor_bytes() -> dict[int, int]:
+    """Bytes of the storage of every tensor that lives in this process, by its address."""
+    gc.collect()
+    storages = [thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _kept_by_this_rank(run: Run) -> int:
+    """Bytes of all tensors that a model and its engine bring into being and keep."""
+    from limoe_dist.model.tower import build_model
+    from limoe_dist.optim.native import NativeEngine
+    from limoe_dist.parallel.mesh import Mesh
+
+    mesh = Mesh.build(tp=run.parallel.tp, ep=run.parallel.ep)
+    before = _tensor_bytes()
+    model = build_model(run, mesh=mesh, device=torch.device("cpu"))
+    engine = NativeEngine(model, run, mesh)
+    kept = sum(count for address, count in _tensor_bytes().items() if address not in before)
+    # torch's AdamW counts steps in a float for each bucket.
+    return kept - (4 * len(engine.buckets) if run.optim.name == "adamw" else 0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize(("tp", "ep", "dtype"), [(1, 1, "fp32"), (1, 4, "fp32"), (2, 2, "bf16"), (2, 4, "fp64")])
+def test_the_memory_of_the_plan_is_what_model_and_engine_keep(
+    ranks4: RanksPool, tp: int, ep: int, dtype: str, optimizer: str
+) -> None:
+    run = _micro(tp=tp, ep=ep, dtype=dtype, optimizer=optimizer)
+    (cost,) = planning.layout_of(run, 4).costs.values()
+    first, *others = ranks4.run(_kept_by_this_rank, run)
+    assert first == cost.memory.sum
+    # Uneven pieces: the last replicas may have less.
+    assert all(0.9 * first < kept <= first for kept in others)
 
 
 def _built_by_this_rank(run: Run) -> dict[str, Any]:
@@ -138,7 +209,8 @@ def _exchanged_by_this_rank(run: Run) -> int:
 
 def test_the_bytes_of_the_all_to_all_are_those_that_ranks_exchange(ranks2: RanksPool) -> None:
     run = _micro(ep=2)
-    planned = planning.layout_of(run, 2).all_to_all_bytes["fp32"]
+    (cost,) = planning.layout_of(run, 2).costs.values()
+    planned = sum(each.num_bytes for each in cost.exchanges if each.op == "all_to_all")
     assert planned > 0
     assert ranks2.run(_exchanged_by_this_rank, run) == [planned, planned]
 
@@ -181,3 +253,50 @@ def test_the_table_names_who_sits_where(capsys: pytest.CaptureFixture[str], monk
         "0-3 | 4-7 | ... | 28-31",
     ):
         assert part in shown
+
+
+def test_the_table_tells_what_every_collective_moves_and_what_leaves_the_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "COLUMNS", "80")
+    words = ["h14", "--ranks", "64", "--parallel.ep", "8", "--parallel.tp", "2", "--train.dtype", "bf16"]
+    assert planning.main(words) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(word in shown for word in WORDS.values())
+    lines = [line.split() for line in shown.splitlines()]
+    # 12 * 2 * 32 * 21 * 144 * 1280 * 2 bytes
+    assert ["all-to-all", "ep", "tokens", "24", "5.95", "GB", "7/8"] in lines
+    assert ["all-reduce", "world", "gradient", "norm", "1", "8", "B", "2x63/64"] in lines
+    assert "microbatches" not in shown
+    assert "recompute" not in shown
+
+
+def test_microbatches_and_recompute_are_told_with_what_they_cost(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "COLUMNS", "160")
+    words = ["h14", "--ranks", "64", "--parallel.ep", "8", "--train.microbatch-pairs", "48", "--train.dtype", "bf16"]
+    assert planning.main(words) == 0
+    # 336 pairs a rank; the all-to-all of one forward as above.
+    assert "7 of 48 pairs: +1 forward: 1.33x compute, +5.95 GB exchanged in bf16" in capsys.readouterr().out
+    assert planning.main([*words, "--train.recompute"]) == 0
+    shown = capsys.readouterr().out
+    assert "forward 1 + backward 2 + embedding pass 1 + recompute 1: 1.67x of forward and backward alone" in shown
+
+
+def test_all_pairs_of_a_rank_in_one_microbatch_cost_nothing_more() -> None:
+    run = preset("h14").model_copy(update={"parallel": Parallel(ep=8)})
+    whole = planning.layout_of(run, 64)
+    one = planning.layout_of(
+        run.model_copy(update={"train": run.train.model_copy(update={"microbatch_pairs": 336})}), 64
+    )
+    assert one == whole
+    assert (one.microbatches, one.compute.factor) == (1, 1.0)
+
+
+def test_the_plan_says_whose_engine_its_formulas_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planning.main(["tiny", "--ranks", "2", "--optim.engine", "deepspeed"]) == 0
+    assert "formula of optim.engine=native" in capsys.readouterr().out
+    assert planning.main(["tiny", "--ranks", "2"]) == 0
+    assert "optim.engine" not in capsys.readouterr().out
