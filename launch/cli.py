@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": ("launch.evaluate", "zero-shot classification and retrieval of a trained run"),
     "report": ("launch.report", "write one HTML page about a run"),
     "plan": ("launch.plan", "parameters, memory and layout of a preset, without training"),
+    "verify": ("launch.verify", "prove that a layout computes what one process computes"),
     "prep": ("data_prep.cli", "from public data to Arrow shards and a vocabulary"),
     "doctor": ("launch.doctor", "what of this machine limoe-dist can use"),
 }
@@ -40,6 +41,8 @@ exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 interr
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit status. What a user can mend is printed as lines, without a traceback."""
     argv = sys.argv[1:] if argv is None else argv
+    # Before torch is imported: where a rank dies, its warnings are pages of C++ frames around our own lines.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
             width = max(len(name) for name in COMMANDS)
