@@ -102,6 +102,8 @@ def table(comparisons: Sequence[Comparison]) -> Table:
     """One row for each kind of check and precision, with its worst step."""
     from rich.table import Table
 
+    from limoe_dist.train.parity.checks import DECISIONS
+
     shown = Table()
     for name in ("", "compared", "worst error", "allowed", "where", ""):
         shown.add_column(name, overflow="fold")
@@ -110,7 +112,9 @@ def table(comparisons: Sequence[Comparison]) -> Table:
             checks = [check for check in one.checks if check.what == what]
             worst = max(checks, key=lambda check: (not check.passed, check.error / (check.tolerance or 1)))
             where = [f"{worst.place} ({worst.step})"] if worst.error else []
-            where += [f"{check.step}: {check.note}" for check in checks if check.note]
+            # Flips of every step, and of other notes that of the worst.
+            noted = checks if what == DECISIONS else [worst]
+            where += [f"{check.step}: {check.note}" for check in noted if check.note]
             result = "[green]ok[/]" if worst.passed else "[bold red]FAILED[/]"
             figures = (f"{worst.error:.1e}", f"{worst.tolerance:.0e}")
             shown.add_row(one.precision, what, *figures, "\n".join(where), result)

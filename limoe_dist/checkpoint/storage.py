@@ -151,7 +151,8 @@ def latest_checkpoint(run_dir: Path, step: int | None = None) -> Path:
 
 def agreed_checkpoint(run_dir: Path, mesh: Mesh, device: torch.device, step: int | None = None) -> Path:
     """The same on every rank, also where another process saves a new one at this moment. A collective."""
-    mine = int(latest_checkpoint(run_dir, step).name.removeprefix("step-"))
+    with all_or_none(mesh.world, device):
+        mine = int(latest_checkpoint(run_dir, step).name.removeprefix("step-"))
     return latest_checkpoint(run_dir, int(max_over(torch.tensor(mine, device=device), mesh.world).item()))
 
 
@@ -173,9 +174,9 @@ class Reader:
 
     def __init__(self, checkpoint: Path, mesh: Mesh, device: torch.device) -> None:
         self.checkpoint = checkpoint
-        manifest = read_manifest(checkpoint)
         self._stored: dict[str, list[_Stored]] = {}
         with all_or_none(mesh.world, device):
+            manifest = read_manifest(checkpoint)
             problems = verify(checkpoint, manifest.files[mesh.rank :: mesh.world.size])
             if problems:
                 raise UserError(

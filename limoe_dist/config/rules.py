@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
 
@@ -134,7 +136,7 @@ def _layout(run: Run, world: int) -> list[str]:
         return [f"{world} ranks cannot train: use 1 or more"]
     problems = []
     parallel, moe = run.parallel, run.moe
-    cut = {"tp": run.model.heads, "ep": moe.num_experts if moe.blocks else 1}
+    cut = {"tp": math.gcd(run.model.heads, run.model.mlp_dim), "ep": moe.num_experts if moe.blocks else 1}
     for axis, size in (("tp", parallel.tp), ("ep", parallel.ep)):
         if world % size:
             # Only what will pass the other rules too is worth naming.
@@ -144,22 +146,16 @@ def _layout(run: Run, world: int) -> list[str]:
                 "or another number of ranks"
             )
     if moe.blocks and moe.num_experts % parallel.ep:
+        fitting = [d for d in divisors(world) if moe.num_experts % d == 0]
         problems.append(
-            f"parallel.ep={parallel.ep} must divide moe.num_experts={moe.num_experts}: "
-            f"use {_choices(divisors(moe.num_experts))}"
+            f"parallel.ep={parallel.ep} must divide moe.num_experts={moe.num_experts}: use {_choices(fitting)}"
         )
     if parallel.ep > 1 and not moe.blocks:
         problems.append(f"parallel.ep={parallel.ep} shares experts, but moe.blocks is empty: use parallel.ep=1")
-    if run.model.heads % parallel.tp:
-        problems.append(
-            f"parallel.tp={parallel.tp} must divide model.heads={run.model.heads}: "
-            f"use {_choices(divisors(run.model.heads))}"
-        )
-    if run.model.mlp_dim % parallel.tp:
-        problems.append(
-            f"parallel.tp={parallel.tp} must divide model.mlp_dim={run.model.mlp_dim}: "
-            f"use {_choices(divisors(run.model.mlp_dim, up_to=64))}"
-        )
+    fitting = [d for d in divisors(world) if run.model.heads % d == 0 and run.model.mlp_dim % d == 0]
+    for name, size in (("heads", run.model.heads), ("mlp_dim", run.model.mlp_dim)):
+        if size % parallel.tp:
+            problems.append(f"parallel.tp={parallel.tp} must divide model.{name}={size}: use {_choices(fitting)}")
     unit = world * (moe.group_pairs if moe.blocks else 1)
     if run.train.batch_pairs % unit:
         below, above = run.train.batch_pairs // unit * unit, -(-run.train.batch_pairs // unit) * unit

@@ -165,6 +165,7 @@ def build_model(run: Run, *, mesh: Mesh, device: torch.device) -> Limoe:
     """The model with its first values on the device; on meta without values.
 
     Its weights are bfloat16, but for the `wide` ones, where `uses_bf16`; float64 where train.dtype is fp64; or float32.
+    First values are those of float32, rounded: an optimizer's masters begin from what the model computes with.
     """
     with torch.device(device):
         model = Limoe(run, mesh=mesh)

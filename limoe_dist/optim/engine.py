@@ -13,8 +13,10 @@ from limoe_dist.parallel.placement import Shard
 
 
 class Engine(Protocol):
-    """Sums gradients over the replicas, clips by the global norm, updates the weights. All methods but backward of a
-    pass that is not the last are collectives."""
+    """Sums gradients over the replicas, clips by the global norm, updates the weights.
+
+    Every rank calls the same methods in the same order: each may be a collective.
+    """
 
     steps: int
     """Updates that were made; set when a run goes on."""

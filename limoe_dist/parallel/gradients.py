@@ -8,6 +8,7 @@ over all ranks every logical element is there once: the global norm is a sum ove
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -52,11 +53,12 @@ class Gradients:
         self._fillings = [_filling(bucket, dtype) for bucket in self.buckets]
         self._left = 0
         self._last = False
-        for filling in self._fillings:
-            rows = filling.bucket.rows(filling.rows_nL)
-            for number, piece in enumerate(filling.bucket.pieces):
-                take = partial(self._take, filling, number, rows[number])
-                piece.parameter.register_post_accumulate_grad_hook(take)
+        # A hook is no part of what the garbage collector sees: one that held the buckets would keep them, and the
+        # parameters in them, for good.
+        me = weakref.ref(self)
+        for place, bucket in enumerate(self.buckets):
+            for number, piece in enumerate(bucket.pieces):
+                piece.parameter.register_post_accumulate_grad_hook(partial(_hand_over, me, place, number))
 
     @property
     def sums(self) -> list[Tensor]:
@@ -69,9 +71,11 @@ class Gradients:
         loss.backward()
         self._last = False
 
-    def _take(self, filling: _Filling, number: int, rows: Tensor, parameter: nn.Parameter) -> None:
+    def take(self, place: int, number: int, parameter: nn.Parameter) -> None:
         """A parameter's gradient goes into its bucket: the first of a step overwrites what the step before left."""
         assert parameter.grad is not None
+        filling = self._fillings[place]
+        rows = filling.bucket.rows(filling.rows_nL)[number]
         for part, row in filling.bucket.pieces[number].match(parameter.grad, rows):
             if filling.given[number]:
                 row += part
@@ -124,6 +128,13 @@ class Gradients:
         for filling in self._fillings:
             filling.given = [False] * len(filling.given)
             filling.awaited = len(filling.given)
+
+
+def _hand_over(gradients: weakref.ref[Gradients], place: int, number: int, parameter: nn.Parameter) -> None:
+    """The hook of a parameter: piece `number` of bucket `place`. Without anyone who collects, gradients stay."""
+    found = gradients()
+    if found is not None:
+        found.take(place, number, parameter)
 
 
 def _filling(bucket: Bucket, dtype: torch.dtype) -> _Filling:

@@ -73,7 +73,7 @@ def train(
         def evaluation_due() -> bool:
             return inputs.validation is not None and (step == run.train.steps or _due(step, run.eval.every_steps))
 
-        # Garbage collection in the middle of a step makes all ranks wait for one; what lives until here lives on.
+        # A garbage collection in the middle of a step makes all ranks wait for one: what lives until here is left out.
         gc.collect()
         gc.freeze()
         try:
@@ -136,7 +136,7 @@ def _check_finite(result: StepResult, step: int, out: Path) -> None:
     """The norm is the same on all ranks, so they raise together, before anything of this step is saved."""
     if not torch.isfinite(result.grad_norm):
         raise UserError(
-            f"step {step + 1}: the gradient is not finite; the checkpoints in {out} are from before. "
+            f"step {step + 1}: the gradient is not finite; no checkpoint in {out} holds this step. "
             "Try a smaller optim.lr or a longer optim.warmup_steps in a new run",
             told_by=0,
         )

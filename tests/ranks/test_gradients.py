@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -115,3 +118,13 @@ def test_pieces_tile_the_logical_tensor(ranks4: RanksPool) -> None:
         ("experts", (2, 3, 0), (2, 3, 3), (["ep"], ["edp"], [])),
         ("few", (3,), (0,), (["world"],)),
     ]
+
+
+def test_nothing_stays_in_memory_when_model_and_gradients_are_gone() -> None:
+    model = Chain(Mesh.single())
+    gradients = Gradients(model, Mesh.single(), dtype=torch.float32, bucket_bytes=1)
+    gradients.backward(model(1.0), last=True)
+    left = [weakref.ref(model.a), weakref.ref(gradients.sums[0])]
+    del model, gradients
+    gc.collect()
+    assert [one() for one in left] == [None, None]
