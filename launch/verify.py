@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
@@ -38,7 +39,10 @@ Takes four optimizer steps in that layout and in one process, and compares: rout
 the gradient norm, the optimizer's state and the weights; on a CPU in fp64 and fp32, on GPUs in fp32 and bf16. Batches
 are generated: no data is read. Writes a certificate; docs/verify.md tells how to read it.
 
-exit status: 0 the layout computes the same, 1 it does not, 2 a setting that you can mend"""
+`limoe verify PRESET --help` lists every setting. The layout says how many ranks there are: dp * tp.
+
+exit status: 0 the layout computes the same, 1 it does not, or its batches prove too little, 2 a setting that you can
+mend, 130 or 143 interrupted"""
 
 PRECISIONS = {"cpu": ("fp64", "fp32"), "cuda": ("fp32", "bf16")}
 
@@ -86,10 +90,15 @@ def main(argv: list[str]) -> int:
 
     place = discover(os.environ)
     alone = place.found_by == "alone"
-    task = _task(command, started=None if alone else place.world)
     if command.device == "cpu":
         # Ranks take the GPUs that they see: these are to see none.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        task = _task(command, started=None if alone else place.world)
+    except UserError as error:
+        if alone:
+            raise
+        _meet_to_tell(command.run, str(error))
     if not alone:
         return _verify(task)
     if command.device == "cuda":
@@ -98,7 +107,18 @@ def main(argv: list[str]) -> int:
         _refuse_without_memory(task)
     from launch.ranks import run_local
 
-    return run_local(["verify", *argv], ranks=task.used.ranks, threads=task.run.parallel.threads, grace_s=5)
+    status = run_local(["verify", *argv], ranks=task.used.ranks, threads=task.run.parallel.threads, grace_s=5)
+    interrupted = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    # A rank that was killed has proved nothing.
+    return 1 if status > 128 and status not in interrupted else status
+
+
+def _meet_to_tell(run: Run, problem: str) -> NoReturn:
+    """Ranks that a launcher has started meet first, so that the problem is told once."""
+    from limoe_dist.parallel.bootstrap import start
+
+    with start(run.parallel, os.environ, problem=problem):
+        raise UserError(problem)
 
 
 def _task(command: VerifyCommand, *, started: int | None) -> Task:
@@ -110,6 +130,13 @@ def _task(command: VerifyCommand, *, started: int | None) -> Task:
     for axis, size in (("tp", asked.tp), ("ep", asked.ep)):
         if (given := getattr(run.parallel, axis)) not in (1, size):
             raise UserError(f"--parallel.{axis} {given} and --layout {asked} differ: leave out --parallel.{axis}")
+    if run.parallel.kernels == "apex" and command.device == "cpu":
+        raise UserError("parallel.kernels=apex needs --device cuda: on a CPU leave it at auto")
+    group = run.moe.group_pairs if run.moe.blocks else 1
+    if run.train.microbatch_pairs % group:
+        raise UserError(
+            f"train.microbatch_pairs={run.train.microbatch_pairs} must be a multiple of moe.group_pairs={group}"
+        )
     used = _used(asked, started)
     _check(run, asked, shrink=False)
     verified, changes = _check(run, used, shrink=command.shrink)
@@ -118,7 +145,19 @@ def _task(command: VerifyCommand, *, started: int | None) -> Task:
     out = Path(command.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: must be a file in a folder that exists")
+    if started is None:
+        _warn_of_what_train_refuses(run, asked)
     return Task(command, asked, used, verified, tuple(changes), _precisions(command))
+
+
+def _warn_of_what_train_refuses(run: Run, asked: Layout) -> None:
+    """The batch is another one here: whether the run's own fits its ranks is said beside."""
+    parallel = run.parallel.model_copy(update={"tp": asked.tp, "ep": asked.ep})
+    try:
+        check(run.model_copy(update={"parallel": parallel}), world=asked.ranks)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"limoe: warning: limoe train would refuse this layout: {problem}", file=sys.stderr)
 
 
 def _precisions(command: VerifyCommand) -> tuple[str, ...]:
@@ -136,7 +175,7 @@ def _used(asked: Layout, started: int | None) -> Layout:
     fitting = [layout for layout in (asked, asked.cut()) if layout.ranks == started]
     if not fitting:
         text = f"--layout {asked} has {asked.ranks} ranks, but {started} were started: start {asked.ranks}"
-        raise UserError(text, told_by=0)
+        raise UserError(text)
     return fitting[0]
 
 

@@ -64,13 +64,13 @@ def run_on_4_ranks(tp: int, ep: int, dtype: str = "fp64") -> Run:
 @contextmanager
 def changed_gradients(change: Callable[[nn.Parameter], None]) -> Iterator[None]:
     """Lets `change` work on each parameter's gradient before it is summed over the ranks."""
-    take = Gradients._take
+    take = Gradients.take
 
-    def changed(self: Gradients, filling: Any, number: int, rows: Tensor, parameter: nn.Parameter) -> None:
+    def changed(self: Gradients, place: int, number: int, parameter: nn.Parameter) -> None:
         change(parameter)
-        take(self, filling, number, rows, parameter)
+        take(self, place, number, parameter)
 
-    with mock.patch.object(Gradients, "_take", changed):
+    with mock.patch.object(Gradients, "take", changed):
         yield
 
 
