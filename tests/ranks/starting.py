@@ -31,7 +31,8 @@ FOREVER_S = 300.0
 
 def meet(mesh: Mesh, rank: int) -> None:
     sum_over(torch.ones(3), mesh.world)
-    print(f"rank {rank} met", flush=True)
+    # Text and end of line in one piece: the ranks share one pipe.
+    print(f"rank {rank} met\n", end="", flush=True)
 
 
 def one_raises(mesh: Mesh, rank: int) -> None:
