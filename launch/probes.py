@@ -197,7 +197,7 @@ def deepspeed() -> list[Finding]:
     # Not imported: that takes seconds, prints, and may compile.
     if version := _version("deepspeed"):
         return [ok("DeepSpeed", f"{version} (installed; not imported)")]
-    return [missing("DeepSpeed", "not installed", f"comparison with its ZeRO and MoE; training needs none: {SETUP}")]
+    return [missing("DeepSpeed", "not installed", f"optim.engine=deepspeed; the native engine needs none: {SETUP}")]
 
 
 def apex() -> list[Finding]:
