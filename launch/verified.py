@@ -15,6 +15,8 @@ SHRUNK_WIDTH, SHRUNK_SIDE, SHRUNK_VOCABULARY = 64, 3, 256
 """Of --shrink: the largest width, patches on a side of the picture, and pieces of the vocabulary."""
 DENSE_PAIRS = 2
 """Of each rank, where no routing group says how many."""
+RANK_BYTES = 300_000_000
+"""Of a process with torch."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,3 @@ def needed_bytes(run: Run, layout: Layout) -> int:
     tokens = run.train.batch_pairs * (run.image_tokens + run.text.length)
     numbers = tokens * run.model.depth * (12 * run.model.width + 3 * run.model.mlp_dim)
     return total + 2 * word * numbers
-
-
-RANK_BYTES = 300_000_000
-"""Of a process with torch."""

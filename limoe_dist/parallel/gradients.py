@@ -28,6 +28,8 @@ class _Filling:
     bucket: Bucket
     rows_nL: Tensor
     """This rank's gradients, added up over microbatches; row r goes to replica r."""
+    rows: list[Tensor]
+    """Its views (n, row_numel), one for each piece."""
     sum_L: Tensor
     """The sum over the replicas, of this rank's pieces."""
     given: list[bool]
@@ -75,8 +77,7 @@ class Gradients:
         """A parameter's gradient goes into its bucket: the first of a step overwrites what the step before left."""
         assert parameter.grad is not None
         filling = self._fillings[place]
-        rows = filling.bucket.rows(filling.rows_nL)[number]
-        for part, row in filling.bucket.pieces[number].match(parameter.grad, rows):
+        for part, row in filling.bucket.pieces[number].match(parameter.grad, filling.rows[number]):
             if filling.given[number]:
                 row += part
             else:
@@ -91,11 +92,10 @@ class Gradients:
         """Buckets leave in their fixed order, on every rank, whatever the order in which they fill."""
         while self._left < len(self._fillings) and ready(self._fillings[self._left]):
             filling = self._fillings[self._left]
-            rows = filling.bucket.rows(filling.rows_nL)
-            for number, given in enumerate(filling.given):
+            for rows, given in zip(filling.rows, filling.given, strict=True):
                 if not given:
                     # No token came here, or the modality is absent: zeros, and nobody waits.
-                    rows[number].zero_()
+                    rows.zero_()
             if filling.bucket.replicas.size > 1:
                 filling.pending = start_reduce_scatter(filling.sum_L, filling.rows_nL, filling.bucket.replicas)
             self._left += 1
@@ -144,6 +144,7 @@ def _filling(bucket: Bucket, dtype: torch.dtype) -> _Filling:
     return _Filling(
         bucket=bucket,
         rows_nL=rows_nL,
+        rows=bucket.rows(rows_nL),
         sum_L=rows_nL[0] if size == 1 else torch.zeros(bucket.length, dtype=dtype, device=device),
         given=[False] * len(bucket.pieces),
         awaited=len(bucket.pieces),

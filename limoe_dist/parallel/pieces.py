@@ -49,7 +49,8 @@ class Piece:
         local = tuple(parameter.shape) or (1,)
         dim = _replica_dim(placement, local, replicas.size)
         begin, end = _bounds(local[dim], replicas, replicas.index)
-        start, axes = [0] * len(local), [()] * len(local)  # type: list[int], list[tuple[Axis, ...]]
+        start = [0] * len(local)
+        axes: list[tuple[Axis, ...]] = [()] * len(local)
         shard = placement.shard(mesh)
         if shard is not None:
             start[placement.dim] = placement.local_slice(mesh).start
