@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
         return 2 if not argv else stop.code if isinstance(stop.code, int) else 2
     inputs = _check(options)
 
-    from limoe_dist.checkpoint.storage import latest_checkpoint
+    from limoe_dist.checkpoint.catalog import latest_checkpoint
 
     # Told once, before ranks start that would each tell it.
     open_run_tokenizer(inputs.run, latest_checkpoint(Path(options.run), options.checkpoint))
@@ -206,20 +206,20 @@ def _evaluate(options: Options, inputs: Inputs) -> None:
 
 
 def _loaded(options: Options, run: Run, data: str, mesh: Mesh, device: torch.device, progress: Progress) -> Subject:
-    from limoe_dist.checkpoint.storage import agreed_checkpoint, load_weights, read_state
+    from limoe_dist.checkpoint.reader import load_weights, open_checkpoint
     from limoe_dist.data.arrow import ShardSet
     from limoe_dist.data.manifest import verify_shards
     from limoe_dist.model.tower import build_model
     from limoe_dist.parallel.collectives import all_or_none
 
-    checkpoint = agreed_checkpoint(Path(options.run), mesh, device, options.checkpoint)
+    checkpoint = open_checkpoint(Path(options.run), mesh, device, options.checkpoint)
     model = build_model(run, mesh=mesh, device=device)
     load_weights(checkpoint, model, mesh)
     with all_or_none(mesh.world, device):
-        tokenizer = open_run_tokenizer(run, checkpoint)
+        tokenizer = open_run_tokenizer(run, checkpoint.checkpoint)
         shards = ShardSet(data)
         verify_shards(shards.manifest, shards.folder, rank=mesh.rank, world=mesh.world.size)
-    return Subject(run, read_state(checkpoint).step, model, tokenizer, shards, mesh, device, progress)
+    return Subject(run, checkpoint.state.step, model, tokenizer, shards, mesh, device, progress)
 
 
 def _zeroshot(of: Subject, inputs: Inputs) -> tuple[dict[str, Any], Table]:
@@ -265,7 +265,7 @@ def _laid_out(run: Run, world: int) -> Run:
 
 def open_run_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
     """The vocabulary that the checkpoint was trained with. Raises UserError for another one."""
-    from limoe_dist.checkpoint.storage import read_state
+    from limoe_dist.checkpoint.state import read_state
     from limoe_dist.data.manifest import sha256_of
     from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
 

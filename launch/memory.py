@@ -27,6 +27,9 @@ class Memory:
     optimizer: int
     """AdamW: two moments of this rank's pieces. Adafactor: the first, rows and columns of the second, and scratch."""
     sum: int
+    saved: int
+    """Masters and the optimizer's state, as a checkpoint holds them: once more in the memory of the host, from which
+    they are written. Not in `sum`."""
 
 
 def memory_of(buckets: Sequence[Bucket], run: Run) -> Memory:
@@ -34,20 +37,20 @@ def memory_of(buckets: Sequence[Bucket], run: Run) -> Memory:
     dtype = wide_dtype(run)
     kept = sum(bucket.length for bucket in buckets) * dtype.itemsize
     cut = sum(bucket.length for bucket in buckets if bucket.replicas.size > 1) * dtype.itemsize
+    state, scratch = (2 * kept, 0) if run.optim.name == "adamw" else _adafactor_bytes(buckets, run, dtype)
     parts = {
         "weights": sum(piece.parameter.nbytes for bucket in buckets for piece in bucket.pieces),
         "gradients": sum(bucket.replicas.size * bucket.length for bucket in buckets) * dtype.itemsize,
         "summed_pieces": cut,
         "masters": kept,
-        "optimizer": 2 * kept if run.optim.name == "adamw" else _adafactor_bytes(buckets, run, dtype),
+        "optimizer": state + scratch,
     }
-    return Memory(**parts, sum=sum(parts.values()))
+    return Memory(**parts, sum=sum(parts.values()), saved=kept + state)
 
 
-def _adafactor_bytes(buckets: Sequence[Bucket], run: Run, dtype: torch.dtype) -> int:
-    """Momentum of the pieces, padding included; second moments as the optimizer factors them; a bucket of scratch."""
+def _adafactor_bytes(buckets: Sequence[Bucket], run: Run, dtype: torch.dtype) -> tuple[int, int]:
+    """State: momentum of the pieces, padding included, and second moments as they are factored. Scratch: a bucket."""
     flats = [torch.empty(bucket.length, dtype=dtype, device="meta") for bucket in buckets]
     state = Adafactor(list(buckets), flats, flats, run.optim).shards()
     seconds = [shard.tensor for name, shard in state.items() if not name.startswith("adafactor/momentum/")]
-    scratch = max(flats, key=torch.Tensor.numel)
-    return sum(tensor.nbytes for tensor in [*flats, *seconds, scratch])
+    return sum(tensor.nbytes for tensor in [*flats, *seconds]), max(flat.nbytes for flat in flats)

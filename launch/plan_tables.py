@@ -83,6 +83,7 @@ def _layout_table(layout: Layout, run: Run) -> Table:
         *_pass_rows(layout, run),
         ("parameters per rank", f"{layout.parameters_per_rank:,}"),
         *((f"memory per rank, {dtype}", _memory(cost, run)) for dtype, cost in layout.costs.items()),
+        ("a save, per rank", _saved(layout)),
     ]
     table = _table(f"on {_ranks_of(layout)}", rows)
     auto = "; train.dtype=auto is bf16 on a GPU, fp32 on a CPU" if run.train.dtype == "auto" else ""
@@ -114,6 +115,11 @@ def _added(layout: Layout, during: During) -> str:
         if (count := sum(exchange.num_bytes for exchange in cost.exchanges if exchange.during == during))
     ]
     return ", ".join([f"+1 forward: {4 / 3:.2f}x compute", *more])
+
+
+def _saved(layout: Layout) -> str:
+    saved = next(iter(layout.costs.values())).memory.saved
+    return f"{_size(saved)} on disk, and as much of the host's memory for good"
 
 
 def _memory(cost: Cost, run: Run) -> str:

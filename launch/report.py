@@ -15,8 +15,11 @@ from limoe_dist.config.schema import Parallel, Run
 from limoe_dist.data.manifest import load_manifest
 
 if TYPE_CHECKING:
+    import torch
+
     from limoe_dist.analysis.examples import Examples
     from limoe_dist.analysis.summary import Facts
+    from limoe_dist.checkpoint.reader import Reader
     from limoe_dist.data.arrow import ShardSet
     from limoe_dist.eval.retrieval import Retrieval
 
@@ -98,14 +101,14 @@ def _facts(run: Run, folder: Path) -> Facts:
 
 
 def _ranks(folder: Path) -> int | None:
-    """Ranks that trained: each writes a file of its own into a checkpoint. None without a checkpoint."""
-    from limoe_dist.checkpoint.manifest import read_manifest
-    from limoe_dist.checkpoint.storage import checkpoints
+    """Ranks that trained, by the newest checkpoint. None without a whole one."""
+    from limoe_dist.checkpoint.catalog import checkpoints, latest_checkpoint
+    from limoe_dist.checkpoint.state import read_state
 
-    whole = checkpoints(folder)
-    if not whole:
+    try:
+        return read_state(latest_checkpoint(folder)).layout.ranks if checkpoints(folder) else None
+    except UserError:
         return None
-    return sum(file.name.endswith(".safetensors") for file in read_manifest(whole[-1]).files) or None
 
 
 def _examples_or_why_not(options: Options, run: Run, folder: Path) -> Examples | str:
@@ -113,7 +116,7 @@ def _examples_or_why_not(options: Options, run: Run, folder: Path) -> Examples |
 
     Raises UserError only for what --data or --tokenizer have wrong: the page is worth having without examples.
     """
-    from limoe_dist.checkpoint.storage import checkpoints
+    from limoe_dist.checkpoint.catalog import checkpoints
 
     command = f"limoe report {shlex.quote(str(folder))}"
     if options.examples == 0:
@@ -149,17 +152,18 @@ def _examples(options: Options, run: Run, folder: Path, data: str, role: str) ->
     from launch.evaluate import open_run_tokenizer, progress_bars
     from limoe_dist.analysis.evaluated import retrieval_figures
     from limoe_dist.analysis.examples import Examples, Query, example_of, spread
-    from limoe_dist.checkpoint.storage import latest_checkpoint, read_state
+    from limoe_dist.checkpoint.reader import open_checkpoint
+    from limoe_dist.parallel.mesh import Mesh
 
-    checkpoint = latest_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, Mesh.single(), _device())
     alone = _with_parallel(run, options.tokenizer)
-    tokenizer = open_run_tokenizer(alone, checkpoint)
+    tokenizer = open_run_tokenizer(alone, checkpoint.checkpoint)
     shards = _first_rows(data)
     with progress_bars(True) as progress:
         found = _retrieval(alone, checkpoint, shards, tokenizer, progress)
     queries = [Query(each.row, each.text, each.texts, each.rows) for each in found.examples]
     return Examples(
-        step=read_state(checkpoint).step,
+        step=checkpoint.state.step,
         data=data,
         role=role,
         rows=found.rows,
@@ -171,16 +175,19 @@ def _examples(options: Options, run: Run, folder: Path, data: str, role: str) ->
     )
 
 
-def _retrieval(run: Run, checkpoint: Path, shards: ShardSet, tokenizer: Any, progress: Any) -> Retrieval:
+def _device() -> torch.device:
     import torch
 
-    from limoe_dist.checkpoint.storage import load_weights
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _retrieval(run: Run, checkpoint: Reader, shards: ShardSet, tokenizer: Any, progress: Any) -> Retrieval:
+    from limoe_dist.checkpoint.reader import load_weights
     from limoe_dist.eval.retrieval import retrieval
     from limoe_dist.model.tower import build_model
     from limoe_dist.parallel.mesh import Mesh
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mesh = Mesh.single()
+    device, mesh = _device(), Mesh.single()
     model = build_model(run, mesh=mesh, device=device)
     load_weights(checkpoint, model, mesh)
     return retrieval(model, run, shards, tokenizer, mesh=mesh, device=device, progress=progress)

@@ -14,12 +14,13 @@ import tyro
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import load_run, preset_named
 from limoe_dist.config.presets import names
-from limoe_dist.config.rules import check
+from limoe_dist.config.rules import check, fit_microbatches
 from limoe_dist.config.schema import CountOrZero, Data, Run
 from limoe_dist.data.manifest import load_manifest
 
 USAGE = """\
 usage: limoe train PRESET --data MANIFEST --out RUN [--ranks N] [any setting]
+       limoe train PRESET ... --init-from RUN                             (begin with another run's weights)
        limoe train --resume RUN [--ranks N] [settings that do not decide results]
        torchrun --nproc-per-node N -m limoe_dist train PRESET ...       (the same run)
 
@@ -31,6 +32,10 @@ presets:
 Ctrl-C and SIGTERM save a checkpoint and end; `--resume RUN` goes on from there. --ranks waits train.stop_grace_s
 seconds for that save. Under torchrun, whose own limit is 30 s, pass `--shutdown-timeout 120` to torchrun; it has a
 status and a traceback of its own for a signal.
+
+--resume goes on on any number of ranks that can share the batch: microbatches are fitted to it, so that no more pairs
+are in memory at once than before (--train.microbatch-pairs decides otherwise); where they no longer divide, give
+--parallel.tp and --parallel.ep.
 
 exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 or 143 saved after Ctrl-C or SIGTERM"""
 
@@ -44,6 +49,9 @@ class TrainCommand:
     """Directory of the run: settings, metrics, checkpoints. It must be new or empty."""
     resume: str = ""
     """Directory of a run to go on with, in place of a preset, --data and --out."""
+    init_from: str = ""
+    """Directory of a run, or of one of its checkpoints, whose weights the new run begins with; the same as
+    --train.init-from. Positions are resized to another image.size or text.length."""
     ranks: int = field(default=1)
     """Ranks to start on this machine; under torchrun, Slurm or MPI the launcher decides."""
     stop_after: CountOrZero = 0
@@ -62,8 +70,11 @@ def main(argv: list[str]) -> int:
 
     place = discover(os.environ)
     alone, problem = place.found_by == "alone", ""
+    world = command.ranks if alone else place.world
     try:
-        _check(run, out, world=command.ranks if alone else place.world, resume=resume, alone=alone)
+        if resume and not _given("--train.microbatch-pairs", argv):
+            run = _fitted(run, out, world=world, tells=world == 1 if alone else place.rank == 0)
+        _check(run, out, world=world, resume=resume, alone=alone)
     except UserError as error:
         if alone:
             raise
@@ -80,7 +91,7 @@ def _check(run: Run, out: Path, *, world: int, resume: bool, alone: bool) -> Non
     """What can be checked before a rank starts. Raises UserError."""
     from limoe_dist.train.folder import new_run_problem, resume_problems
 
-    check(run, world=world)
+    check(run, world=world, resumed=resume)
     rows = load_manifest(Path(run.data.manifest)).rows
     if run.train.batch_pairs > rows and alone:
         print(
@@ -119,6 +130,8 @@ def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
                 "--resume RUN keeps the run's own --out and --data: leave them out; "
                 "where the data has moved, give --data.manifest"
             )
+        if command.init_from:
+            raise UserError("--resume RUN keeps the weights that the run has: leave out --init-from")
         return command, run.model_copy(update={"data": _absolute(run.data, "")})
     if command.data and run.data.manifest and command.data != run.data.manifest:
         raise UserError(f"--data {command.data} and --data.manifest {run.data.manifest} differ: give one of them")
@@ -126,7 +139,44 @@ def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
         raise UserError("--data is missing: the manifest.json that `limoe prep pack` wrote")
     if not command.out:
         raise UserError("--out is missing: a new directory for the run")
+    run = _begun_from(run, command.init_from)
     return command, run.model_copy(update={"data": _absolute(run.data, command.data)})
+
+
+def _fitted(run: Run, out: Path, *, world: int, tells: bool) -> Run:
+    """The resumed run with microbatches for `world` ranks, where another number of ranks saved it."""
+    from limoe_dist.checkpoint.catalog import checkpoints, latest_checkpoint
+    from limoe_dist.checkpoint.state import read_state
+
+    if not checkpoints(out):
+        return run
+    before = read_state(latest_checkpoint(out)).layout.ranks
+    fitted = fit_microbatches(run, before=before, now=world)
+    if tells and before != world:
+        pairs, parts = run.train.batch_pairs / world, fitted.train.microbatch_pairs
+        print(
+            f"ranks: {world}, where the checkpoint was saved by {before}: {pairs:g} pairs of the same batch on each, "
+            + (f"{parts} at once (train.microbatch_pairs={parts})" if parts else "all at once")
+        )
+    return fitted
+
+
+def _begun_from(run: Run, init_from: str) -> Run:
+    """The run with train.init_from as one checkpoint: should it be killed early, it begins with the same again."""
+    place = init_from or run.train.init_from
+    if not place:
+        return run
+    if init_from and run.train.init_from not in ("", init_from):
+        raise UserError(f"--init-from {init_from} and --train.init-from {run.train.init_from} differ: give one of them")
+    from limoe_dist.checkpoint.catalog import latest_checkpoint
+    from limoe_dist.checkpoint.manifest import NAME
+
+    folder = Path(place).absolute()
+    if not (folder / NAME).is_file():
+        if not folder.is_dir():
+            raise UserError(f"--init-from {place}: there is no such directory: give a run, or one of its checkpoints")
+        folder = latest_checkpoint(folder)
+    return run.model_copy(update={"train": run.train.model_copy(update={"init_from": str(folder)})})
 
 
 def _absolute(data: Data, manifest: str) -> Data:
@@ -155,6 +205,11 @@ def _start_ranks(argv: list[str], run: Run, out: Path, *, ranks: int, stop_after
             )
         return 1
     return status
+
+
+def _given(option: str, argv: list[str]) -> bool:
+    """Whether a setting is on the command line; tyro takes - and _ for the same."""
+    return any(word.split("=")[0].replace("_", "-") == option for word in argv)
 
 
 def _value_of(option: str, argv: list[str]) -> str | None:

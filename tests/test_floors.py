@@ -172,7 +172,7 @@ def test_the_data_package_loads_nothing_by_itself():
         ("limoe_dist.data.manifest", "from limoe_dist.data.arrow import Reader", "limoe_dist.data.arrow.Reader"),
         ("limoe_dist.model.tower", "from limoe_dist.optim import zero", "limoe_dist.optim.zero"),
         ("limoe_dist.optim.zero", "from limoe_dist.equations import routing", "limoe_dist.equations.routing"),
-        ("limoe_dist.checkpoint.storage", "import limoe_dist.model.tower", "limoe_dist.model.tower"),
+        ("limoe_dist.checkpoint.reader", "import limoe_dist.model.tower", "limoe_dist.model.tower"),
         ("limoe_dist.eval.zeroshot", "import limoe_dist.train.step", "limoe_dist.train.step"),
         ("limoe_dist.analysis.report", "import limoe_dist.eval.zeroshot", "limoe_dist.eval.zeroshot"),
         ("limoe_dist.train.loop", "import launch.cli", "launch.cli"),

@@ -1,19 +1,33 @@
-"""The manifest that makes a directory a checkpoint: written last, with the checksum of every file, and fsynced."""
+"""The manifest that makes a directory a checkpoint: the checksum of every file and of itself. Needs no torch."""
 
 from __future__ import annotations
 
-import os
+import errno
+import json
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.parse import parse_model
+from limoe_dist.config.parse import sentences
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAME = "manifest.json"
+STATE = "state.json"
+BLOCK = 1 << 24
+"""Bytes that are read or written at once."""
+MOST_BYTES = 1 << 28
+"""Of a JSON file of a checkpoint: thousands of ranks need a hundredth of it."""
+_PLAIN = re.compile(r"(?!\.+$)[\w.-]{1,200}", re.ASCII)
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was written: an older one may be whole."""
 
 
 class File(BaseModel):
@@ -27,7 +41,7 @@ class File(BaseModel):
     @field_validator("name")
     @classmethod
     def _plain(cls, name: str) -> str:
-        if name != Path(name).name or name in ("", ".", ".."):
+        if not _PLAIN.fullmatch(name):
             raise ValueError("must be a plain file name inside the checkpoint")
         return name
 
@@ -40,54 +54,121 @@ class CheckpointManifest(BaseModel):
     step: int = Field(ge=0)
     files: tuple[File, ...]
 
+    @field_validator("files")
+    @classmethod
+    def _each_once(cls, files: tuple[File, ...]) -> tuple[File, ...]:
+        names = [file.name for file in files]
+        if STATE not in names or len(set(names)) < len(names):
+            raise ValueError(f"must name {STATE}, and no file twice")
+        return files
 
-def describe(path: Path) -> File:
-    """The entry of a written file."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return File(name=path.name, bytes=path.stat().st_size, xxh3=digest.hexdigest())
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
 
 
-def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
-    temporary = folder / f"{NAME}.tmp"
-    temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, folder / NAME)
-    sync(folder)
-    sync(folder.parent)
+_BLANK = "0" * 32
+"""In the place of the manifest's own checksum while that is taken."""
+
+
+def encode(manifest: CheckpointManifest) -> bytes:
+    """The text of manifest.json."""
+    text = json.dumps({"xxh3": _BLANK} | manifest.model_dump(mode="json"), indent=1) + "\n"
+    return text.replace(_BLANK, _checksum(text.encode()), 1).encode()
+
+
+def _checksum(text: bytes) -> str:
+    return str(xxhash.xxh3_128(text).hexdigest())
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """Raises UserError where the directory is no checkpoint, or of a format that this version does not read."""
-    manifest = parse_model(CheckpointManifest, folder / NAME)
-    if manifest.format_version != FORMAT_VERSION:
+    """Raises Damaged where the manifest is not as it was written, and UserError for a format of another version."""
+    path = folder / NAME
+    text = read_small(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Damaged(f"{path} is not JSON: it was cut or changed after it was written") from None
+    if not isinstance(content, dict) or content.get("format") != "limoe-checkpoint":
+        raise Damaged(f"{path} is not the manifest of a checkpoint of limoe-dist")
+    version = content.get("format_version")
+    if not isinstance(version, int):
+        raise Damaged(f"{path} was changed after it was written: it has no format_version")
+    claimed = content.pop("xxh3", None)
+    if isinstance(claimed, str) and len(claimed) == len(_BLANK) and claimed.isascii():
+        if _checksum(text.replace(claimed.encode(), _BLANK.encode(), 1)) != claimed:
+            raise Damaged(f"{path} was changed after it was written: its checksum differs")
+    elif version == FORMAT_VERSION:
+        raise Damaged(f"{path} was changed after it was written: it has no checksum")
+    if version != FORMAT_VERSION:
         raise UserError(
-            f"{folder}: format_version={manifest.format_version}, but this version reads {FORMAT_VERSION}: "
+            f"{folder}: format_version={version}, but this version reads {FORMAT_VERSION}: "
             "use the limoe-dist that wrote it"
         )
+    manifest = _parsed(path, content)
+    if folder.name.startswith("step-") and folder.name != folder_name(manifest.step):
+        raise Damaged(f"{path} is of step {manifest.step}: it was moved here from {folder_name(manifest.step)}")
     return manifest
 
 
-def verify(folder: Path, files: tuple[File, ...]) -> list[str]:
-    """One sentence for each file that is missing, cut or changed."""
-    problems = []
-    for file in files:
-        path = folder / file.name
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _parsed(path: Path, content: Any) -> CheckpointManifest:
+    try:
+        return CheckpointManifest.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise Damaged(f"{path}: {sentences(error, CheckpointManifest)[0]}") from None
+
+
+def read_small(path: Path) -> bytes:
+    """A JSON file of a checkpoint. Raises Damaged where it cannot be read, or is larger than any that was written."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise Damaged(f"{path} has {path.stat().st_size} bytes: no checkpoint has so many there")
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """Damaged where a file, or what is in it, is gone; a plain UserError where that cannot be known now."""
+    text = f"{path}: cannot be read: {error.strerror or error}"
+    lost = error.errno in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
+    return Damaged(text) if lost else UserError(f"{text}; it may be whole: mend that, and try again")
+
+
+def verify(
+    folder: Path, files: Iterable[File], *, threads: int = 4, progress: Callable[[int], None] = lambda num_bytes: None
+) -> list[str]:
+    """One sentence for each file that is missing, cut or changed. Files are read side by side.
+
+    Raises UserError where the system does not let it read one that may be whole.
+    progress: called with the bytes that were read since the last call, from any thread.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        return [problem for problem in pool.map(lambda file: _problem(folder, file, progress), files) if problem]
+
+
+def _problem(folder: Path, file: File, progress: Callable[[int], None]) -> str | None:
+    path = folder / file.name
+    try:
+        # A pipe or a device in its place would never end.
         if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != file.bytes:
-            problems.append(f"{path} has {path.stat().st_size} bytes, not {file.bytes}")
-        elif describe(path).xxh3 != file.xxh3:
-            problems.append(f"{path} was changed after it was written: its checksum differs")
-    return problems
+            return f"{path} is missing"
+        if path.stat().st_size != file.bytes:
+            return f"{path} has {path.stat().st_size} bytes, not {file.bytes}"
+        digest, block = xxhash.xxh3_128(), memoryview(bytearray(min(BLOCK, file.bytes)))
+        with path.open("rb", buffering=0) as stream:
+            while count := stream.readinto(block):
+                digest.update(block[:count])
+                progress(count)
+    except OSError as error:
+        problem = unreadable(path, error)
+        if not isinstance(problem, Damaged):
+            raise problem from None
+        return str(problem)
+    if digest.hexdigest() != file.xxh3:
+        return f"{path} was changed after it was written: its checksum differs"
+    return None

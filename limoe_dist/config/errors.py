@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 
 class UserError(Exception):
@@ -15,6 +17,15 @@ class UserError(Exception):
     def __init__(self, text: str, *, told_by: int | None = None) -> None:
         super().__init__(text)
         self.told_by = told_by
+
+
+def warn(text: str) -> None:
+    """A line that a person should see, about what the program did not stop for.
+
+    Where it cannot be written, as into a log on a full disk, it is lost.
+    """
+    with suppress(OSError):
+        print(f"limoe: warning: {text}", file=sys.stderr, flush=True)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -92,6 +93,11 @@ def decisive(run: Run) -> dict[str, Any]:
         for name in indifferent:
             content[section].pop(name)
     return {f"{section}.{name}": value for section, fields in content.items() for name, value in fields.items()}
+
+
+def fingerprint(run: Run) -> str:
+    """sha256 of the settings that decide results: runs that have the same compute the same."""
+    return hashlib.sha256(json.dumps(decisive(run), sort_keys=True).encode()).hexdigest()
 
 
 def changed_settings(before: dict[str, Any], run: Run, place: Path) -> list[str]:

@@ -16,11 +16,14 @@ class ConfigError(UserError):
         self.problems = problems
 
 
-def check(run: Run, *, world: int | None = None) -> None:
-    """Raises ConfigError with every broken rule of the run, and of its layout where `world` (ranks) is given."""
+def check(run: Run, *, world: int | None = None, resumed: bool = False) -> None:
+    """Raises ConfigError with every broken rule of the run, and of its layout where `world` (ranks) is given.
+
+    resumed: the run goes on, so that its batch stays and the number of ranks has to fit it.
+    """
     problems = [*_model(run), *_moe(run), *_schedule(run), *_engine(run)]
     if world is not None:
-        problems += _layout(run, world)
+        problems += _layout(run, world, resumed=resumed)
     if problems:
         raise ConfigError(problems)
 
@@ -131,7 +134,7 @@ def _engine(run: Run) -> list[str]:
     return problems
 
 
-def _layout(run: Run, world: int) -> list[str]:
+def _layout(run: Run, world: int, *, resumed: bool) -> list[str]:
     if world < 1:
         return [f"{world} ranks cannot train: use 1 or more"]
     problems = []
@@ -157,7 +160,13 @@ def _layout(run: Run, world: int) -> list[str]:
         if size % parallel.tp:
             problems.append(f"parallel.tp={parallel.tp} must divide model.{name}={size}: use {_choices(fitting)}")
     unit = world * (moe.group_pairs if moe.blocks else 1)
-    if run.train.batch_pairs % unit:
+    if run.train.batch_pairs % unit and resumed:
+        group = f" in groups of moe.group_pairs={moe.group_pairs}" if moe.blocks else ""
+        problems.append(
+            f"{world} ranks cannot share train.batch_pairs={run.train.batch_pairs} evenly{group}, and a resumed run "
+            f"keeps its batch: use {_choices(_fitting_ranks(run, world))} ranks"
+        )
+    elif run.train.batch_pairs % unit:
         below, above = run.train.batch_pairs // unit * unit, -(-run.train.batch_pairs // unit) * unit
         fits = f"{below} or {above}" if below else str(above)
         ranks = f"{world} rank{'s' if world > 1 else ''}"
@@ -168,6 +177,32 @@ def _layout(run: Run, world: int) -> list[str]:
     else:
         problems += _microbatch(run, run.train.batch_pairs // world)
     return problems
+
+
+def _fitting_ranks(run: Run, world: int) -> list[int]:
+    """The numbers of ranks nearest to `world`, at most four on each side, that can go on with a run in its layout."""
+    groups = run.train.batch_pairs // (run.moe.group_pairs if run.moe.blocks else 1)
+    fitting = divisors(groups)
+    layout = math.lcm(run.parallel.tp, run.parallel.ep)
+    fitting = [ranks for ranks in fitting if ranks % layout == 0] or fitting
+    return [ranks for ranks in fitting if ranks < world][-4:] + [ranks for ranks in fitting if ranks > world][:4]
+
+
+def fit_microbatches(run: Run, *, before: int, now: int) -> Run:
+    """A run that `before` ranks trained, for `now` ranks: no more pairs of a rank are in memory at once than before.
+
+    The batch stays, and with it the gradient. Numbers of ranks that cannot share the batch are left to `check`.
+    """
+    batch, unit = run.train.batch_pairs, run.moe.group_pairs if run.moe.blocks else 1
+    if batch % (now * unit):
+        return run
+    pairs, at_once = batch // now, run.train.microbatch_pairs or batch // before
+    if now == before and (not run.train.microbatch_pairs or pairs % at_once == 0):
+        return run
+    fitting = [part for part in divisors(pairs, up_to=at_once) if part % unit == 0] if pairs > at_once else [0]
+    return run.model_copy(
+        update={"train": run.train.model_copy(update={"microbatch_pairs": max(fitting, default=unit)})}
+    )
 
 
 def _microbatch(run: Run, pairs: int) -> list[str]:

@@ -205,6 +205,8 @@ class Train(Section):
     """Keep the input of each block alone and compute its activations again in the backward pass."""
     contrastive_chunk: CountOrZero = 0
     """Columns of the contrastive logits that are in memory at once; 0: all (pairs of the rank x batch_pairs)."""
+    init_from: str = ""
+    """Run, or checkpoint of one, whose weights a new run begins with; empty: first values from the seed."""
     stop_grace_s: Positive = 120.0
     """Seconds that the launcher of `--ranks` waits, after a signal, for the final checkpoint."""
 
@@ -223,9 +225,15 @@ class Eval(Section):
 
 class Checkpoint(Section):
     every_steps: CountOrZero = 1000
-    """Steps between checkpoints; 0: only at the end and on a signal."""
+    """Steps between checkpoints; 0: only by the clock, at the end and on a signal."""
+    every_minutes: Annotated[float, Field(ge=0)] = 0.0
+    """Minutes after which a checkpoint is due, whatever the steps; 0: steps alone decide."""
     keep: Count = 2
-    """Whole checkpoints that are kept; older ones are removed after a newer one is whole."""
+    """Newest checkpoints that are kept; older ones are removed when a newer one is whole and verified."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of steps that this divides are kept for good; 0: none."""
+    read_back: bool = True
+    """Read each checkpoint back after it was written and compare its checksums, before an older one is removed."""
 
 
 class Log(Section):

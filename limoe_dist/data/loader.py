@@ -18,7 +18,7 @@ from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.augment import augment_params, caption_index
 from limoe_dist.data.dali import Decoder
 from limoe_dist.data.header import refusal
-from limoe_dist.data.order import rank_positions, row_at
+from limoe_dist.data.order import Ranges, rank_positions, row_at
 from limoe_dist.data.pictures import PictureReader
 from limoe_dist.data.stand_ins import BadCount, BadRow, fill
 from limoe_dist.data.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class Batch:
 
     step: int
     first_position: int
-    """Positions first_position to first_position + b - 1 were consumed."""
+    """The first of the b positions that were consumed: neighbours, but where a quarantined range is between them."""
     rows: npt.NDArray[np.int64]
     """(b,) the rows that were used: a stand-in where the position's own row is bad."""
     images: Tensor
@@ -51,8 +51,8 @@ class Loader:
     """One Batch a step, from `first_step` to train.steps - 1. Iterate once, and close (or use `with`):
     a thread works ahead.
 
-    A step's batch is a function of (train.seed, step) and of the shards alone, never of what was read before; a rank
-    gets its contiguous slice of it.
+    A step's batch is a function of (train.seed, step), of the quarantined positions and of the shards alone, never of
+    what was read before; a rank gets its contiguous slice of it.
     """
 
     def __init__(
@@ -65,10 +65,11 @@ class Loader:
         world: int,
         first_step: int,
         device: torch.device,
+        quarantined: Ranges = (),
     ) -> None:
         """Starts the thread. Raises ValueError where world does not divide train.batch_pairs."""
         self.run, self.shards, self.tokenizer, self.device = run, shards, tokenizer, device
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.quarantined = rank, world, quarantined
         pairs = len(self._positions(first_step))
         decoder = Decoder(run.image, mode="train", batch_size=pairs, threads=run.data.threads, device=device)
         self._reader = PictureReader(decoder, refusal)
@@ -129,7 +130,13 @@ class Loader:
             return
 
     def _positions(self, step: int) -> npt.NDArray[np.int64]:
-        return rank_positions(step, batch_pairs=self.run.train.batch_pairs, rank=self.rank, world=self.world)
+        return rank_positions(
+            step,
+            batch_pairs=self.run.train.batch_pairs,
+            rank=self.rank,
+            world=self.world,
+            quarantined=self.quarantined,
+        )
 
     def _prepare(self, step: int) -> Batch:
         seed, positions = self.run.train.seed, self._positions(step)

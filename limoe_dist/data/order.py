@@ -2,10 +2,13 @@
 
 A *position* counts pairs from the first of the run: step s of a run with B pairs reads positions
 s * B to (s + 1) * B - 1, whatever the number of ranks. Every epoch holds every row exactly once.
+Positions that a run quarantined, after it went back behind a spike, are jumped over: no step reads them.
 Needs neither torch nor DALI.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +36,27 @@ def row_at(positions: Ints, *, rows: int, seed: int) -> tuple[Ints, Ints]:
     return epochs, permuted(positions - epochs * rows, size=rows, keys=epoch_keys(seed, epochs))
 
 
-def rank_positions(step: int, *, batch_pairs: int, rank: int, world: int) -> Ints:
+Ranges = Sequence[tuple[int, int]]
+"""Positions (first, end), rising and apart."""
+
+
+def positions_of(pairs: Ints, quarantined: Ranges) -> Ints:
+    """The position of the run's first, second, ... pair: pair p of a run without quarantined ranges is position p.
+
+    pairs: (n,) int64, >= 0. A step that meets a range takes the pairs behind it, and so do all later ones.
+    """
+    positions = np.array(pairs, dtype=np.int64)
+    for first, end in quarantined:
+        positions[positions >= first] += end - first
+    return positions
+
+
+def next_position(step: int, *, batch_pairs: int, quarantined: Ranges = ()) -> int:
+    """Where `step` begins to read: the whole state of the data order after so many steps."""
+    return int(positions_of(np.array([step * batch_pairs]), quarantined)[0])
+
+
+def rank_positions(step: int, *, batch_pairs: int, rank: int, world: int, quarantined: Ranges = ()) -> Ints:
     """What `rank` of `world` reads in `step`: its contiguous slice of the global batch, (batch_pairs / world,) int64.
 
     Raises ValueError where world does not divide batch_pairs.
@@ -42,7 +65,7 @@ def rank_positions(step: int, *, batch_pairs: int, rank: int, world: int) -> Int
         raise ValueError(f"batch_pairs={batch_pairs} must be a multiple of the number of ranks, {world}")
     local = batch_pairs // world
     first = step * batch_pairs + rank * local
-    return np.arange(first, first + local, dtype=np.int64)
+    return positions_of(np.arange(first, first + local), quarantined)
 
 
 def permuted(index: Ints, *, size: int, keys: Words) -> Ints:

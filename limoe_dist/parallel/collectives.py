@@ -105,6 +105,11 @@ def max_over(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
+def vote(axis: Axis, device: torch.device, *numbers: int) -> list[int]:
+    """The largest of each number over all ranks: how ranks that see different things act together. A collective."""
+    return [int(each) for each in max_over(torch.tensor(numbers, device=device), axis).tolist()]
+
+
 def raise_together(problems: Sequence[str], axis: Axis, device: torch.device) -> None:
     """Raises UserError on every rank of the axis where any rank has a problem, or on none: nobody is left waiting.
 

@@ -1,10 +1,11 @@
-"""The line that a person watches: a live bar on a terminal, a plain line in a log file. Rank 0 alone."""
+"""The line that a person watches: a live bar on a terminal, a plain line in a log file."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from limoe_dist.train.metrics import success
 
 
+def say_anywhere(text: str) -> None:
+    """A line of any rank. Where it cannot be written, as into a log on a full disk, it is lost: the run goes on."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
 class Display:
+    """What rank 0 shows; nothing on the others."""
+
     def __init__(self, *, steps: int, first_step: int, shows: bool) -> None:
         self.steps, self.shows = steps, shows
         self._began, self._first = time.perf_counter(), first_step
@@ -42,14 +51,14 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, text=text)
         else:
-            print(f"step {figures['step']}/{self.steps}  {text}", flush=True)
+            say_anywhere(f"step {figures['step']}/{self.steps}  {text}")
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         elif self.shows:
-            print(text, flush=True)
+            say_anywhere(text)
 
     def _text(self, figures: dict[str, Any]) -> str:
         rate = (figures["step"] - self._first) / (time.perf_counter() - self._began)

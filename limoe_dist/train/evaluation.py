@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,20 @@ class Evaluation:
         return "validation: " + "; ".join(parts)
 
 
-def evaluate(model: Limoe, run: Run, inputs: Inputs, *, mesh: Mesh, device: torch.device) -> Evaluation:
-    """What can be measured on data.validation. A collective; leaves the model in training mode as it was."""
+def evaluate(
+    model: Limoe, run: Run, inputs: Inputs, *, mesh: Mesh, device: torch.device, between: Callable[[], None]
+) -> Evaluation:
+    """What can be measured on data.validation. A collective; leaves the model in training mode as it was.
+
+    between: called after each forward pass, at the same moments on all ranks: a save goes on meanwhile.
+    """
     assert inputs.validation is not None
     shards, tokenizer, classes = inputs.validation, inputs.tokenizer, inputs.classes
+
+    def progress(what: str, done: int, total: int) -> None:
+        between()
+
     found = None
     if classes is not None:
-        found = zeroshot(model, run, shards, tokenizer, mesh=mesh, device=device, classes=classes)
-    return Evaluation(found, retrieval(model, run, shards, tokenizer, mesh=mesh, device=device))
+        found = zeroshot(model, run, shards, tokenizer, mesh=mesh, device=device, classes=classes, progress=progress)
+    return Evaluation(found, retrieval(model, run, shards, tokenizer, mesh=mesh, device=device, progress=progress))

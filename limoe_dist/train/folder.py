@@ -6,9 +6,9 @@ RUN/metrics.jsonl         one line every log.every_steps
 RUN/evaluations.jsonl     one line for each evaluation in training
 RUN/positions.jsonl       which positions of the data order were consumed
 RUN/tensorboard/          the same figures for TensorBoard
-RUN/checkpoints/          step-NNNNNNNN, see limoe_dist/checkpoint/storage.py
+RUN/checkpoints/          step-NNNNNNNN, see limoe_dist/checkpoint/catalog.py
 RUN/ended.json            step and signal of a run that ended by itself, with a checkpoint
-RUN/lock                  held while a process trains here
+RUN/lock                  held while a process trains here, and who it is
 """
 
 from __future__ import annotations
@@ -16,36 +16,43 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from limoe_dist.config.errors import UserError
+from limoe_dist.config.errors import UserError, warn
 from limoe_dist.config.parse import changed_settings, decisive, load_run, save_run, write_atomically
 from limoe_dist.config.schema import Run
 
 ENDED = "ended.json"
+LOOKS = 4
 
 
 def new_run_problem(out: Path) -> str | None:
     """Why no new run may begin in `out`; None where it may."""
     if (out / "run.json").exists():
         return f"{out} holds a run already: go on with `limoe train --resume {out}`, or choose another --out"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not _of_a_start(path.name) for path in out.iterdir())):
         return f"{out} exists and is not empty: choose another --out"
     return None
 
 
-def begin(out: Path, run: Run, tokenizer: Path) -> IO[str]:
+def _of_a_start(name: str) -> bool:
+    """Whether `begin` writes a file of this name before run.json: a run that was killed there may begin again."""
+    return name in ("lock", "tokenizer.model", "tokenizer.tmp") or name.startswith(".run.json.")
+
+
+def begin(out: Path, run: Run, tokenizer: Path) -> Claim:
     """Makes the directory of a run, or takes up a resumed one with the settings of now; one rank calls it.
 
-    The run keeps its own copy of the vocabulary. Returns the lock: while it is open, no other process trains there.
-    Raises UserError where one does.
+    The run keeps its own copy of the vocabulary. Raises UserError where another process trains there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock = _lock(out / "lock")
+    claim = Claim(out / "lock")
     kept = (out / "tokenizer.model").absolute()
     if not kept.exists():
         temporary = kept.with_suffix(".tmp")
@@ -53,27 +60,92 @@ def begin(out: Path, run: Run, tokenizer: Path) -> IO[str]:
         temporary.replace(kept)
     save_run(run.model_copy(update={"data": run.data.model_copy(update={"tokenizer": str(kept)})}), out / "run.json")
     (out / ENDED).unlink(missing_ok=True)
-    return lock
+    return claim
 
 
-def _lock(path: Path) -> IO[str]:
-    file = path.open("a+", encoding="utf-8")
+class Claim:
+    """The directory is this process's until it is closed. Raises UserError where it is another's.
+
+    Where the file system has locks, the second process is refused. Where it has none, the last that came owns the
+    directory, and the one before finds out at its next save: so a job that was started again is not stopped by what is
+    left of it on a host that was given up.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a+", encoding="utf-8")
+        if not _locked(self._file):
+            self._file.close()
+            raise UserError(f"{path.parent} is being trained by {self._owner()}")
+        self._line = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}"
+        self._file.truncate(0)
+        self._file.write(self._line + "\n")
+        self._file.flush()
+
+    def check(self) -> None:
+        """Raises UserError where another process has come since."""
+        if (owner := self._owner()) != self._line:
+            raise UserError(
+                f"{self.path.parent} is now being trained by {owner}: two runs cannot save into one directory; "
+                "this one ends, and what it has saved stays"
+            )
+
+    def _owner(self) -> str:
+        try:
+            return self.path.read_text(encoding="utf-8").strip() or "another process"
+        except OSError:
+            return "nobody: its lock file is gone"
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether nobody else holds it; True where the file system has no locks."""
+    for _ in range(LOOKS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Somebody may only be looking: see `trainer`.
+            time.sleep(0.05)
+        except OSError:
+            return True
+        else:
+            return True
+    return False
+
+
+def trainer(run_dir: Path) -> str | None:
+    """Who trains in a run at this moment, by its lock; None: nobody. Raises UserError where there are no locks to tell.
+
+    A shared lock, given back at once: two that look do not see each other.
+    """
+    path = run_dir / "lock"
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(f"{path.parent} is being trained by {file.read().strip() or 'another process'}") from None
-    except OSError:
-        return file  # a file system without locks
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+        with path.open(encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: nobody can tell whether a process trains there: {error.strerror}") from None
+    return None
 
 
 def note_end(out: Path, *, step: int, signal: int) -> None:
     """Says that the run ended by itself after a checkpoint of `step`; a run that was killed says nothing."""
-    write_atomically(out / ENDED, json.dumps({"step": step, "signal": signal}) + "\n")
+    try:
+        write_atomically(out / ENDED, json.dumps({"step": step, "signal": signal}) + "\n")
+    except OSError as error:  # the checkpoint is what counts
+        warn(f"{out / ENDED}: cannot be written: {error.strerror}")
 
 
 @dataclass(frozen=True)

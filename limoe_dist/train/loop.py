@@ -15,9 +15,9 @@ from limoe_dist.data.loader import Batch, Loader
 from limoe_dist.model.tower import build_model
 from limoe_dist.optim.engine import make_engine
 from limoe_dist.parallel import apex
-from limoe_dist.parallel.collectives import all_or_none, max_over
+from limoe_dist.parallel.collectives import all_or_none, vote
 from limoe_dist.parallel.mesh import Mesh
-from limoe_dist.train.display import Display
+from limoe_dist.train.display import Display, say_anywhere
 from limoe_dist.train.evaluation import evaluate
 from limoe_dist.train.folder import begin, new_run_problem, note_end
 from limoe_dist.train.inputs import open_inputs
@@ -53,20 +53,25 @@ def train(
         engine = make_engine(model, run, mesh)
         restart = Restart(run, out, engine, inputs, mesh, device)
         first_step = restart.restore() if resume else 0
-        lock = None
+        taken = None if first_step else restart.initialise()
+        claim = None
         with all_or_none(mesh.world, device):
             if mesh.rank == 0:
-                lock = begin(out, run, inputs.tokenizer.path)
+                claim = begin(out, run, inputs.tokenizer.path)
+                restart.check_nothing_new()
             log = Log(out, run, first_step=first_step, writes=mesh.rank == 0)
         display = Display(steps=run.train.steps, first_step=first_step, shows=mesh.rank == 0)
         if resume:
             display.say(f"going on from step {first_step}" if first_step else "no checkpoint yet: beginning at step 0")
+        if taken is not None:
+            display.say(taken.text(inputs.tokenizer_hash))
+        restart.open_saver(claim, stop, display.say)
         window = Window(run, mesh, device)
         step, saved, signal = first_step, first_step, 0
         end = min(run.train.steps, stop_after or run.train.steps)
 
         def evaluate_now() -> None:
-            results = evaluate(model, run, inputs, mesh=mesh, device=device)
+            results = evaluate(model, run, inputs, mesh=mesh, device=device, between=restart.saver.go_on)
             log.evaluation({"step": step} | results.to_json())
             display.say(f"step {step}: {results.line()}")
 
@@ -78,7 +83,7 @@ def train(
         gc.freeze()
         try:
             # A run that was stopped between a checkpoint and its evaluation makes up for it.
-            if step and evaluation_due() and not _known_to_all(log.has_evaluation(step), mesh, device):
+            if step and evaluation_due() and not any(vote(mesh.world, device, log.has_evaluation(step))):
                 evaluate_now()
             for batch in _batches(run, restart, first_step=step, end=end):
                 examples = Examples(batch.images, batch.tokens, batch.valid)
@@ -88,31 +93,39 @@ def train(
                 step = batch.step + 1
                 display.step(step)
                 for bad in batch.replaced:
-                    print(f"rank {mesh.rank}: row {bad.key} was replaced: {bad.reason}", flush=True)
+                    say_anywhere(f"rank {mesh.rank}: row {bad.key} was replaced: {bad.reason}")
 
-                signal = stop.vote(mesh, device)
+                # What ranks see apart they act on together: a signal, the clock, and how far a save is.
+                flags = (stop.received, restart.due_by_the_clock(), *restart.saver.flags())
+                signal, clock, *saving = vote(mesh.world, device, *flags)
+                restart.saver.advance(*saving)
                 last = step == end or signal != 0
                 if last or _due(step, run.log.every_steps):
                     figures = window.summary(step=step, scale=model.scale)
                     log.metrics(figures)
                     display.figures(figures)
-                if last or _due(step, run.checkpoint.every_steps):
-                    folder = restart.save(step)
-                    log.positions(first_step=saved, step=step, batch_pairs=run.train.batch_pairs)
+                if last or clock or _due(step, run.checkpoint.every_steps):
+                    restart.save(step, hurry=signal != 0)
+                    log.positions(restart.consumed(saved, step))
                     saved = step
-                    display.say(f"step {step}: checkpoint {folder}")
                 if evaluation_due() and not signal:
                     evaluate_now()
                 window.restart_clock()
                 if last:
                     break
+            restart.finish(hurry=signal != 0)
             if mesh.rank == 0:
                 note_end(out, step=step, signal=signal)
+        except UserError as error:
+            # Raised by all ranks together, it must not cost the save that goes on.
+            if error.told_by is not None:
+                restart.saver.rescue()
+            raise
         finally:
             display.close()
             log.close()
-            if lock is not None:
-                lock.close()
+            if claim is not None:
+                claim.close()
     return Outcome(step=step, signal=signal)
 
 
@@ -122,7 +135,14 @@ def _batches(run: Run, restart: Restart, *, first_step: int, end: int) -> Iterat
     if first_step >= end:
         return
     with Loader(
-        run, inputs.train, inputs.tokenizer, rank=mesh.rank, world=mesh.world.size, first_step=first_step, device=device
+        run,
+        inputs.train,
+        inputs.tokenizer,
+        rank=mesh.rank,
+        world=mesh.world.size,
+        first_step=first_step,
+        device=device,
+        quarantined=restart.quarantined,
     ) as loader:
         while True:
             with all_or_none(mesh.world, device):
@@ -140,10 +160,6 @@ def _check_finite(result: StepResult, step: int, out: Path) -> None:
             "Try a smaller optim.lr or a longer optim.warmup_steps in a new run",
             told_by=0,
         )
-
-
-def _known_to_all(flag: bool, mesh: Mesh, device: torch.device) -> bool:
-    return bool(max_over(torch.tensor(int(flag), device=device), mesh.world).item())
 
 
 def _due(step: int, every: int) -> bool:

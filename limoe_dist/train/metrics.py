@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from limoe_dist.config.errors import warn
 from limoe_dist.config.schema import Run
 from limoe_dist.model.moe_layer import AUX_LOSSES, MoeRecord
 from limoe_dist.parallel.collectives import sum_over
@@ -133,7 +136,10 @@ def success(figures: dict[str, Any], modality: str) -> float | None:
 
 
 class Log:
-    """metrics.jsonl, evaluations.jsonl, positions.jsonl and TensorBoard of a run; rank 0 writes, others do nothing."""
+    """metrics.jsonl, evaluations.jsonl, positions.jsonl and TensorBoard of a run; rank 0 writes, others do nothing.
+
+    A line that cannot be written, on a full disk, is lost with a warning: the run goes on.
+    """
 
     def __init__(self, out: Path, run: Run, *, first_step: int, writes: bool) -> None:
         self.out, self.writes = out, writes
@@ -154,32 +160,47 @@ class Log:
 
     def metrics(self, figures: dict[str, Any]) -> None:
         self._line("metrics.jsonl", figures)
-        if self._board is not None:
-            for name, value in _scalars(figures):
-                self._board.add_scalar(name, value, figures["step"])
+        self._scalars(figures, figures["step"])
 
     def evaluation(self, figures: dict[str, Any]) -> None:
         self._line("evaluations.jsonl", figures)
-        if self._board is not None:
-            for name, value in _scalars({k: v for k, v in figures.items() if k != "step"}):
-                self._board.add_scalar(f"evaluation/{name}", value, figures["step"])
+        self._scalars({"evaluation": {k: v for k, v in figures.items() if k != "step"}}, figures["step"])
 
-    def positions(self, *, first_step: int, step: int, batch_pairs: int) -> None:
-        """Steps first_step + 1 to `step` consumed the positions from `first` up to, not including, `end`."""
-        if step > first_step:
-            self._line(
-                "positions.jsonl",
-                {"step": step, "from_step": first_step, "first": first_step * batch_pairs, "end": step * batch_pairs},
-            )
+    def positions(self, consumed: dict[str, Any]) -> None:
+        """Which positions of the data order some steps read; see Restart.consumed."""
+        self._line("positions.jsonl", consumed)
 
     def _line(self, name: str, content: dict[str, Any]) -> None:
-        if self.writes:
-            with (self.out / name).open("a", encoding="utf-8") as file:
+        if not self.writes:
+            return
+        path, size = self.out / name, 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                size = file.tell()
                 file.write(json.dumps(content) + "\n")
+        except OSError as error:
+            # Half a line would spoil the next one too.
+            with suppress(OSError):
+                os.truncate(path, size)
+            warn(f"{path}: the line of step {content['step']} is lost: {error.strerror}")
+
+    def _scalars(self, figures: dict[str, Any], step: int) -> None:
+        try:
+            for name, value in _scalars(figures) if self._board is not None else []:
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            self._drop_board(error)
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        try:
+            if self._board is not None:
+                self._board.close()
+        except OSError as error:
+            self._drop_board(error)
+
+    def _drop_board(self, error: OSError) -> None:
+        warn(f"{self.out / 'tensorboard'}: no more TensorBoard figures from here on: {error.strerror or error}")
+        self._board = None
 
 
 def _forget_after(path: Path, step: int) -> None:

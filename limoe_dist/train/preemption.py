@@ -6,11 +6,6 @@ import signal
 import time
 from types import FrameType
 
-import torch
-
-from limoe_dist.parallel.collectives import max_over
-from limoe_dist.parallel.mesh import Mesh
-
 IMPATIENT_S = 2.0
 """Launchers repeat a terminal's Ctrl-C at once; one that comes later than this is a person who will not wait."""
 
@@ -36,6 +31,7 @@ class StopFlag:
         elif number == signal.SIGINT and time.monotonic() - self._since > IMPATIENT_S:
             raise KeyboardInterrupt
 
-    def vote(self, mesh: Mesh, device: torch.device) -> int:
-        """The signal that any rank received, or 0; the same on all ranks. A collective."""
-        return int(max_over(torch.tensor(self._received, dtype=torch.int64, device=device), mesh.world).item())
+    @property
+    def received(self) -> int:
+        """The signal that this process received, or 0: all ranks act on the largest."""
+        return self._received

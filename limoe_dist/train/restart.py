@@ -2,63 +2,157 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from limoe_dist.checkpoint.storage import State, agreed_checkpoint, checkpoints, load, read_state, save, versions
+from limoe_dist.checkpoint import catalog
+from limoe_dist.checkpoint.initial import Taken, take_weights
+from limoe_dist.checkpoint.reader import Reader, load, open_checkpoint
+from limoe_dist.checkpoint.saver import Saver
+from limoe_dist.checkpoint.state import Layout, State, versions
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.parse import changed_settings, decisive
+from limoe_dist.config.parse import changed_settings, decisive, fingerprint
 from limoe_dist.config.schema import Run
+from limoe_dist.data.order import Ranges, next_position
 from limoe_dist.optim.engine import Engine
-from limoe_dist.parallel.collectives import all_or_none, max_over
+from limoe_dist.parallel.collectives import all_or_none, raise_together, vote
 from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.train.folder import Claim
 from limoe_dist.train.inputs import Inputs
+from limoe_dist.train.preemption import StopFlag
 
 
-@dataclass(frozen=True)
 class Restart:
-    run: Run
-    out: Path
-    engine: Engine
-    inputs: Inputs
-    mesh: Mesh
-    device: torch.device
+    """Reads a run's newest checkpoint at its start, and saves new ones while it goes on."""
 
-    def save(self, step: int) -> Path:
-        """Writes a checkpoint of the state after `step` steps. A collective; raises UserError on all ranks."""
-        state = State(
-            step=step,
-            position=step * self.run.train.batch_pairs,
-            settings=decisive(self.run),
-            data=self.inputs.data_hash,
-            tokenizer=self.inputs.tokenizer_hash,
-            versions=versions(),
-        )
-        return save(self.out, state, self.engine.shards(), self.mesh, keep=self.run.checkpoint.keep)
+    def __init__(self, run: Run, out: Path, engine: Engine, inputs: Inputs, mesh: Mesh, device: torch.device) -> None:
+        self.run, self.out, self.engine, self.inputs = run, out, engine, inputs
+        self.mesh, self.device = mesh, device
+        self.quarantined: Ranges = ()
+        """Positions of the data order that this run jumps over."""
+        self._seen: list[Path] = []
+        self._passed: list[Path] = []
+        self._saved_at = time.monotonic()
 
     def restore(self) -> int:
         """Fills weights and optimizer from the newest whole checkpoint; returns the number of steps that are done.
 
-        A run that was killed before its first checkpoint begins again at step 0: everything is a function of the seed.
-        A collective; raises UserError where what decides the results is not what it was.
+        A run that was killed before its first checkpoint begins again at step 0: everything is a function of the seed
+        and of train.init_from. A collective; raises UserError where what decides the results is not what it was.
         """
-        found = torch.tensor(len(checkpoints(self.out)), device=self.device)
-        if not max_over(found, self.mesh.world).item():
+        self._seen = there = catalog.checkpoints(self.out)
+        cut = catalog.without_manifest(self.out)
+        any_there, any_cut = vote(self.mesh.world, self.device, len(there), len(cut))
+        if not any_there:
+            problem = (
+                f"{self.out} has no whole checkpoint, but {cut[0] if cut else 'a directory'} lacks its manifest.json: "
+                "put that back, or remove the directory to begin at step 0, and resume again"
+            )
+            raise_together([problem] if any_cut else [], self.mesh.world, self.device)
             return 0
-        checkpoint = agreed_checkpoint(self.out, self.mesh, self.device)
-        with all_or_none(self.mesh.world, self.device):
-            state = read_state(checkpoint)
-            if problems := self._differences(state, checkpoint):
-                raise UserError("\n".join(problems))
+        reader = open_checkpoint(self.out, self.mesh, self.device)
+        raise_together(self._differences(reader), self.mesh.world, self.device)
         shards = self.engine.shards()
-        load(checkpoint, shards, self.mesh)
+        load(reader, shards, self.mesh)
         self.engine.adopt(shards)
-        self.engine.steps = state.step
-        return state.step
+        self.engine.steps = reader.state.step
+        self.quarantined = reader.state.quarantined
+        self._passed = [*cut, *(path for path in there if catalog.step_of(path) > reader.state.step)]
+        return reader.state.step
 
-    def _differences(self, state: State, checkpoint: Path) -> list[str]:
+    def initialise(self) -> Taken | None:
+        """The weights of train.init_from, for a run that begins; None where it has none. A collective."""
+        if not self.run.train.init_from:
+            return None
+        source = Path(self.run.train.init_from)
+        gone = f"train.init_from={source} is gone, and the run has no checkpoint of its own: begin a new run"
+        raise_together([] if source.is_dir() else [gone], self.mesh.world, self.device)
+        shards = self.engine.shards()
+        weights = {name: shard for name, shard in shards.items() if name.startswith("model/")}
+        taken = take_weights(source, weights, self.mesh, self.device)
+        self.engine.adopt(shards)
+        return taken
+
+    def check_nothing_new(self) -> None:
+        """Raises UserError where another process saved between `restore` and our claim: its steps would be lost."""
+        new = [path for path in catalog.checkpoints(self.out) if path not in self._seen]
+        if new:
+            raise UserError(f"{new[-1]} was saved by another process while this one started: resume again")
+
+    def open_saver(self, claim: Claim | None, stop: StopFlag, tell: Callable[[str], None]) -> None:
+        """From here on the directory is this run's: `save` may be called.
+
+        What the run goes on without is put aside, so that its own saves of those steps find their place free.
+        """
+        with all_or_none(self.mesh.world, self.device):
+            for folder in self._passed if self.mesh.rank == 0 else []:
+                tell(f"put aside: {catalog.set_aside(folder)}")
+        shards = self.engine.shards()
+        self.saver = Saver(
+            self.out,
+            shards,
+            self.run.checkpoint,
+            self.mesh,
+            self.device,
+            check_owner=_nobody_asks if claim is None else claim.check,
+            stopped=lambda: stop.received != 0,
+            tell=tell,
+        )
+
+    def due_by_the_clock(self) -> bool:
+        """Whether checkpoint.every_minutes have passed since the last save began; by the clock of rank 0."""
+        minutes = self.run.checkpoint.every_minutes
+        return self.mesh.rank == 0 and minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def save(self, step: int, *, hurry: bool = False) -> None:
+        """Begins to save the state after `step` steps. A collective; raises UserError on all ranks.
+
+        hurry: the time that is left is short, so that a former save is not read back.
+        """
+        self._saved_at = time.monotonic()
+        parallel, optim = self.run.parallel, self.run.optim
+        state = State(
+            step=step,
+            position=self._position(step, self.quarantined),
+            quarantined=tuple(self.quarantined),
+            settings=decisive(self.run),
+            fingerprint=fingerprint(self.run),
+            data=self.inputs.data_hash,
+            tokenizer=self.inputs.tokenizer_hash,
+            layout=Layout(
+                ranks=self.mesh.world.size, tp=parallel.tp, ep=parallel.ep, engine=optim.engine, optimizer=optim.name
+            ),
+            versions=versions(),
+        )
+        self.saver.begin(state, self.engine.shards(), hurry=hurry)
+
+    def finish(self, *, hurry: bool) -> None:
+        """Waits for the last save. A collective. Raises UserError, on all ranks, where it failed."""
+        self.saver.finish(read_back=not hurry)
+        if self.saver.failure:
+            raise UserError(
+                f"{self.saver.failure}; older checkpoints stand (limoe checkpoint ls {self.out}): "
+                f"mend that, and go on with limoe train --resume {self.out}",
+                told_by=self.saver.failed_by,
+            )
+
+    def consumed(self, from_step: int, step: int) -> dict[str, Any]:
+        """Steps from_step + 1 to `step` read the positions `first` to `end` - 1, but for those `quarantined`."""
+        first, end = (self._position(each, self.quarantined) for each in (from_step, step))
+        line: dict[str, Any] = {"step": step, "from_step": from_step, "first": first, "end": end}
+        inside = [span for span in self.quarantined if first <= span[0] < end]
+        return line | ({"quarantined": inside} if inside else {})
+
+    def _position(self, step: int, quarantined: Ranges) -> int:
+        """The position at which a step begins to read."""
+        return next_position(step, batch_pairs=self.run.train.batch_pairs, quarantined=quarantined)
+
+    def _differences(self, reader: Reader) -> list[str]:
+        state, checkpoint = reader.state, reader.checkpoint
         problems = changed_settings(state.settings, self.run, checkpoint)
         for name, before, now in (
             ("training shards", state.data, self.inputs.data_hash),
@@ -69,6 +163,11 @@ class Restart:
                     f"{checkpoint} was made with other {name} (sha256 {before[:12]}... there, {now[:12]}... now): "
                     "a resumed run keeps what decides its results"
                 )
-        if state.position != state.step * self.run.train.batch_pairs:
-            problems.append(f"{checkpoint}: position {state.position} is not that of step {state.step}")
+        expected = self._position(state.step, state.quarantined)
+        if state.position != expected:
+            problems.append(f"{checkpoint}: position {state.position} is not that of step {state.step}, {expected}")
         return problems
+
+
+def _nobody_asks() -> None:
+    """On ranks that hold no claim."""

@@ -13,12 +13,12 @@ import launch.report
 from launch import cli
 from launch.report import main
 from limoe_dist.checkpoint.logical import model_shards
-from limoe_dist.checkpoint.storage import State, save
 from limoe_dist.config.parse import save_run
 from limoe_dist.data.manifest import sha256_of
 from limoe_dist.parallel.mesh import Mesh
 from tests.analysis.lines import Parsed, metrics_line, write
 from tests.eval.models import laid_out, small_model
+from tests.support.checkpoints import a_state, save
 from tests.support.shards import truncated, write_shards
 
 SCRIPT = "<script>alert(1)</script> red"
@@ -46,7 +46,7 @@ def trained(tmp_path: Path) -> Trained:
     save_run(run.model_copy(update={"data": data}), folder / "run.json")
     write(folder / "metrics.jsonl", [metrics_line(5, blocks=(1,)), metrics_line(7, blocks=(1,))])
     tokenizer = sha256_of(training.parent / "tokenizer.model")
-    state = State(step=7, position=0, settings={}, data="", tokenizer=tokenizer)
+    state = a_state(step=7, tokenizer=tokenizer)
     save(folder, state, model_shards(small_model(), Mesh.single()), Mesh.single(), keep=1)
     return Trained(folder, training, validation)
 

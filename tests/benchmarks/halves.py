@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from limoe_dist.checkpoint.storage import latest_checkpoint, load_weights
+from limoe_dist.checkpoint.reader import load_weights, open_checkpoint
 from limoe_dist.config.parse import decisive, load_run, preset_named
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.tokenizer import open_tokenizer
@@ -34,8 +34,8 @@ def in_tuning_half(concept: str) -> bool:
 def halves(run_dir: Path, data: Path) -> dict[str, object]:
     """Rows, top-1 and top-5 of each half, with the steps and the last checkpoint's name."""
     run, mesh, device = load_run(run_dir / "run.json"), Mesh.single(), torch.device("cpu")
-    checkpoint = latest_checkpoint(run_dir)
     model = build_model(run, mesh=mesh, device=device)
+    checkpoint = open_checkpoint(run_dir, mesh, device)
     load_weights(checkpoint, model, mesh)
     train = ShardSet(run.data.manifest)
     shards = ShardSet(data)
@@ -48,7 +48,7 @@ def halves(run_dir: Path, data: Path) -> dict[str, object]:
     figures: dict[str, object] = {
         "run": run_dir.name,
         "preset": run.preset,
-        "step": int(checkpoint.name.removeprefix("step-")),
+        "step": checkpoint.state.step,
         "differs_from_preset": {name: value for name, value in decisive(run).items() if value != preset[name]},
         "success": last_success_rates(run_dir),
     }

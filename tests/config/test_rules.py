@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from limoe_dist.config.presets import preset
-from limoe_dist.config.rules import ConfigError, check, divisors
+from limoe_dist.config.rules import ConfigError, check, divisors, fit_microbatches
 from tests.config.settings import changed
 
 # Changes to `tiny` (width 96, 4 heads, depth 4, MLP 384, 8 experts in blocks 1 and 3, groups of 32 pairs, batch 128,
@@ -239,3 +239,39 @@ def test_divisors_by_hand():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert divisors(12, up_to=5) == [1, 2, 3, 4]
     assert divisors(1) == [1]
+
+
+def test_a_resumed_run_names_the_numbers_of_ranks_that_can_share_its_batch():
+    run = changed(preset("tiny"), {"train.batch_pairs": 384})
+    with pytest.raises(ConfigError) as refused:
+        check(run, world=5, resumed=True)
+    (problem,) = refused.value.problems
+    assert problem == (
+        "5 ranks cannot share train.batch_pairs=384 evenly in groups of moe.group_pairs=32, and a resumed run keeps "
+        "its batch: use 1, 2, 3, 4, 6 or 12 ranks"
+    )
+    for ranks in (1, 2, 3, 4, 6, 12):
+        check(run, world=ranks, resumed=True)
+    # With tp=2 those that tp does not divide would be refused too.
+    with pytest.raises(ConfigError, match="use 2, 4, 6 or 12 ranks"):
+        check(changed(run, {"parallel.tp": 2}), world=8, resumed=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "now", "fitted"),
+    [
+        (0, 4, 4, 0),  # nothing changes
+        (0, 4, 2, 96),  # twice the pairs on a rank: as many at once as before
+        (0, 2, 4, 0),
+        (64, 2, 1, 64),
+        (96, 4, 3, 64),  # 128 pairs: 96 no longer divides
+        (96, 4, 12, 0),  # 32 pairs are fewer than 96
+        (0, 4, 5, 0),  # refused by `check`
+    ],
+)
+def test_microbatches_are_fitted_to_another_number_of_ranks(asked, before, now, fitted):
+    run = changed(preset("tiny"), {"train.batch_pairs": 384, "train.microbatch_pairs": asked})
+    again = fit_microbatches(run, before=before, now=now)
+    assert again.train.microbatch_pairs == fitted
+    if now != 5:
+        check(again, world=now, resumed=True)

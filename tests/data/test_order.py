@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limoe_dist.data.order import rank_positions, row_at
+from limoe_dist.data.order import next_position, rank_positions, row_at
 
 
 def epoch_rows(rows: int, *, seed: int, epoch: int = 0) -> list[int]:
@@ -73,6 +73,20 @@ def test_the_ranks_of_any_split_read_each_position_of_an_epoch_once(world: int, 
 def test_a_rank_reads_its_contiguous_slice() -> None:
     # Step 3 of 8 pairs starts at 24; rank 1 of 2 has the second four.
     assert rank_positions(3, batch_pairs=8, rank=1, world=2).tolist() == [28, 29, 30, 31]
+
+
+def test_quarantined_positions_are_jumped_over_and_nothing_else() -> None:
+    ranges = [(5, 8), (8, 10), (30, 31)]
+    read = [
+        position
+        for step in range(4)
+        for rank in range(2)
+        for position in rank_positions(step, batch_pairs=8, rank=rank, world=2, quarantined=ranges).tolist()
+    ]
+    jumped = {position for first, end in ranges for position in range(first, end)}
+    assert read == [position for position in range(38) if position not in jumped]
+    assert [next_position(step, batch_pairs=8, quarantined=ranges) for step in range(4)] == [0, 13, 21, 29]
+    assert next_position(2, batch_pairs=8) == 16
 
 
 def test_what_cannot_be_ordered_is_refused() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from launch import cli
 from launch.evaluate import _laid_out, main
+from limoe_dist.checkpoint.catalog import checkpoint_folder
 from limoe_dist.checkpoint.logical import model_shards
-from limoe_dist.checkpoint.storage import State, checkpoint_folder, save
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import save_run
 from limoe_dist.data.arrow import ShardSet
@@ -21,6 +21,7 @@ from limoe_dist.eval.retrieval import retrieval
 from limoe_dist.eval.zeroshot import zeroshot
 from limoe_dist.parallel.mesh import Mesh
 from tests.eval.models import CPU, laid_out, small_model
+from tests.support.checkpoints import a_state, save
 from tests.support.shards import write_shards
 
 
@@ -43,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder.mkdir()
     save_run(run.model_copy(update={"data": data}), folder / "run.json")
     tokenizer = sha256_of(training.parent / "tokenizer.model")
-    state = State(step=7, position=0, settings={}, data="", tokenizer=tokenizer)
+    state = a_state(step=7, tokenizer=tokenizer)
     save(folder, state, model_shards(small_model(), Mesh.single()), Mesh.single(), keep=1)
     return Trained(folder, training, validation)
 

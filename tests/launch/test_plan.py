@@ -126,8 +126,8 @@ def _tensor_bytes() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def _kept_by_this_rank(run: Run) -> int:
-    """Bytes of all tensors that a model and its engine bring into being and keep."""
+def _kept_by_this_rank(run: Run) -> tuple[int, int]:
+    """Bytes of all tensors that a model and its engine bring into being and keep; and what of it a save copies."""
     from limoe_dist.model.tower import build_model
     from limoe_dist.optim.native import NativeEngine
     from limoe_dist.parallel.mesh import Mesh
@@ -138,7 +138,8 @@ def _kept_by_this_rank(run: Run) -> int:
     engine = NativeEngine(model, run, mesh)
     kept = sum(count for address, count in _tensor_bytes().items() if address not in before)
     # torch's AdamW counts steps in a float for each bucket.
-    return kept - (4 * len(engine.buckets) if run.optim.name == "adamw" else 0)
+    kept -= 4 * len(engine.buckets) if run.optim.name == "adamw" else 0
+    return kept, sum(shard.tensor.nbytes for shard in engine.shards().values() if shard.writes)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
@@ -148,10 +149,12 @@ def test_the_memory_of_the_plan_is_what_model_and_engine_keep(
 ) -> None:
     run = _micro(tp=tp, ep=ep, dtype=dtype, optimizer=optimizer)
     (cost,) = planning.layout_of(run, 4).costs.values()
-    first, *others = ranks4.run(_kept_by_this_rank, run)
+    (first, saved), *others = ranks4.run(_kept_by_this_rank, run)
     assert first == cost.memory.sum
     # Uneven pieces: the last replicas may have less.
-    assert all(0.9 * first < kept <= first for kept in others)
+    assert all(0.9 * first < kept <= first for kept, _ in others)
+    # Padding is not saved, nor what another rank writes too.
+    assert 0.85 * cost.memory.saved < saved <= cost.memory.saved
 
 
 def _built_by_this_rank(run: Run) -> dict[str, Any]:

@@ -30,13 +30,14 @@ SLOW_SAVE = """
 import os, sys, time
 seconds = float(os.environ.get("TEST_SAVE_SECONDS", "0"))
 if seconds and "RANK" in os.environ:
-    import safetensors.torch
-    original = safetensors.torch.save_file
-    def slow(*positional, **named):
-        print("saving", flush=True)
-        time.sleep(seconds)
-        return original(*positional, **named)
-    safetensors.torch.save_file = slow
+    from limoe_dist.checkpoint import disk
+    original = disk.create
+    def slow(path):
+        if path.name.startswith("rank-"):
+            print("saving", flush=True)
+            time.sleep(seconds)
+        return original(path)
+    disk.create = slow
 """
 
 
@@ -152,6 +153,32 @@ def test_ctrl_c_under_torchrun_saves_and_ends_and_the_run_goes_on(tmp_path: Path
     assert steps == list(range(1, step + 3))
 
 
+def test_a_run_goes_on_on_other_ranks_and_its_weights_begin_another(tmp_path: Path, data: Path) -> None:
+    out, other = tmp_path / "run", tmp_path / "other"
+    words = ["--data", str(data), "--train.steps", "8", *SMALL]
+    assert limoe("train", "tiny", *words, "--out", str(out), "--stop-after", "2").returncode == 0
+    refused = limoe("train", "--resume", str(out), "--ranks", "3")
+    assert refused.returncode == 2
+    assert "3 ranks cannot share train.batch_pairs=16 evenly in groups of moe.group_pairs=4" in refused.stderr
+    assert "use 1, 2 or 4 ranks" in refused.stderr
+    more = limoe("train", "--resume", str(out), "--ranks", "2", "--parallel.ep", "2", "--stop-after", "4")
+    assert more.returncode == 0, more.stderr
+    assert (
+        "ranks: 2, where the checkpoint was saved by 1: 8 pairs of the same batch on each, all at once" in more.stdout
+    )
+    fewer = limoe("train", "--resume", str(out), "--parallel.ep", "1", "--stop-after", "6")
+    assert fewer.returncode == 0, fewer.stderr
+    assert "16 pairs of the same batch on each, 8 at once (train.microbatch_pairs=8)" in fewer.stdout
+
+    begun = limoe("train", "tiny", *words, "--out", str(other), "--init-from", str(out), "--image.size", "32",
+                  "--stop-after", "1")  # fmt: skip
+    assert begun.returncode == 0, begun.stderr
+    assert f"parameters of {out / 'checkpoints' / 'step-00000006'}" in begun.stdout
+    assert "positions were resized (1): image_embed.position" in begun.stdout
+    kept = json.loads((other / "run.json").read_text())
+    assert kept["train"]["init_from"] == str(out / "checkpoints" / "step-00000006")
+
+
 def test_mistakes_end_in_one_line_with_status_2_before_anything_starts(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "run"
     (tmp_path / "broken.json").write_text("{}")
@@ -175,6 +202,8 @@ def test_mistakes_end_in_one_line_with_status_2_before_anything_starts(tmp_path:
         "holds a run already": ["tiny", "--data", str(data), "--out", str(taken)],
         "this is not the directory of a run": ["--resume", str(tmp_path)],
         "give a preset first": ["--data", str(data)],
+        "--init-from nowhere: there is no such directory": ["tiny", *common, "--init-from", "nowhere"],
+        "no whole checkpoint (steps there: none)": ["tiny", *common, "--init-from", str(taken)],
     }  # fmt: skip
     for text, words in cases.items():
         done = limoe("train", *words)
