@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("launch.train", "train a preset on Arrow shards, or go on with --resume RUN"),
     "eval": ("launch.evaluate", "zero-shot classification and retrieval of a trained run"),
     "report": ("launch.report", "write one HTML page about a run"),
+    "checkpoint": ("launch.checkpoint", "list, show, verify and remove the checkpoints of a run"),
     "plan": ("launch.plan", "parameters, memory and layout of a preset, without training"),
     "verify": ("launch.verify", "prove that a layout computes what one process computes"),
     "prep": ("data_prep.cli", "from public data to Arrow shards and a vocabulary"),
