@@ -9,11 +9,12 @@ TESTS ?=
 # make quickstart FIGURES=figures.json: where the measured figures go
 FIGURES ?= quickstart/figures.json
 
-.PHONY: help setup test quickstart clean FORCE
+.PHONY: help setup test soak-kill quickstart clean FORCE
 
 help:
 	@echo 'make quickstart   set up, fetch the demo data, train the preset tiny on 2 ranks, evaluate, write a report'
 	@echo 'make test         set up, run every test'
+	@echo 'make soak-kill    kill a small run at 100 random moments and at every write point'
 	@echo 'make setup        only make .venv, with the packages of requirements.txt and the command .venv/bin/limoe'
 	@echo 'make clean        remove .venv and quickstart/'
 	@echo 'PYTHON=python3.12 names the Python that .venv is made from (3.11 or newer)'
@@ -43,6 +44,9 @@ $(STAMP): requirements.txt pyproject.toml
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest $(TESTS)
+
+soak-kill: $(STAMP)
+	$(VENV)/bin/python -m tests.soak.kill --out docs/measured/soak_kill.json
 
 quickstart:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory setup && end=$$(date +%s) && \
