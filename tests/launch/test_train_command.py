@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -87,28 +90,24 @@ def saved_step(out: Path) -> int:
     return int(json.loads(manifest.read_text())["step"])
 
 
-def test_sigterm_waits_for_a_save_that_takes_longer_than_the_launchers_own_30_seconds(
-    tmp_path: Path, data: Path
-) -> None:
-    out = tmp_path / "run"
-    command = [
-        "limoe_dist",
-        "train",
-        "tiny",
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--ranks",
-        "2",
-        "--parallel.ep",
-        "2",
-    ]
-    process = start(tmp_path, [*command, *SMALL, "--train.steps", "100000"], save_seconds=32)
-    printed = signal_in_training(process, signal.SIGTERM)
-    assert process.returncode == 128 + signal.SIGTERM, printed
-    assert f"stopped at step {saved_step(out)} of 100000, saved; go on: limoe train --resume {out} --ranks 2" in printed
-    assert "Traceback" not in printed
+@dataclass(frozen=True)
+class SlowSave:
+    """A run that was sent SIGTERM in training and takes 32 s to save: tests pass meanwhile."""
+
+    out: Path
+    process: subprocess.Popen[str]
+    printed: Future[str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slow_save(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[SlowSave]:
+    folder = tmp_path_factory.mktemp("slow")
+    out = folder / "run"
+    words = ["--data", str(data), "--out", str(out), "--ranks", "2", "--parallel.ep", "2", *SMALL]
+    process = start(folder, ["limoe_dist", "train", "tiny", *words, "--train.steps", "100000"], save_seconds=32)
+    with ThreadPoolExecutor(1) as pool:
+        yield SlowSave(out, process, pool.submit(signal_in_training, process, signal.SIGTERM))
+        process.kill()
 
 
 def test_a_grace_shorter_than_the_save_kills_it_and_leaves_no_checkpoint(tmp_path: Path, data: Path) -> None:
@@ -245,3 +244,10 @@ def test_a_fault_that_only_ranks_can_find_is_told_once(tmp_path: Path) -> None:
     assert "its checksum is not the one in the manifest" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_waits_for_a_save_that_takes_longer_than_the_launchers_own_30_seconds(slow_save: SlowSave) -> None:
+    printed, out = slow_save.printed.result(), slow_save.out
+    assert slow_save.process.returncode == 128 + signal.SIGTERM, printed
+    assert f"stopped at step {saved_step(out)} of 100000, saved; go on: limoe train --resume {out} --ranks 2" in printed
+    assert "Traceback" not in printed
