@@ -63,11 +63,13 @@ def write_file(path: Path, blocks: Iterable[memoryview]) -> File:
         try:
             for block in blocks:
                 digest.update(block)
-                size += len(block)
+                begin, size = size, size + len(block)
                 while len(block):
                     block = block[write(descriptor, block) :]
+                # The disk begins at once with what nobody wants in memory: writing takes as long as the slower of both.
+                os.posix_fadvise(descriptor, begin, size - begin, os.POSIX_FADV_DONTNEED)
             sync(descriptor)
-            # Read back, it comes from the disk; and nobody else wants it in memory.
+            # Read back, it comes from the disk.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         except BaseException:
             os.close(descriptor)

@@ -19,8 +19,8 @@ from limoe_dist.config.parse import sentences
 FORMAT_VERSION = 2
 NAME = "manifest.json"
 STATE = "state.json"
-BLOCK = 1 << 24
-"""Bytes that are read or written at once."""
+BLOCK = 1 << 22
+"""Bytes that are read or written at once: a checksum finds them in the processor's cache."""
 MOST_BYTES = 1 << 28
 """Of a JSON file of a checkpoint: thousands of ranks need a hundredth of it."""
 _PLAIN = re.compile(r"(?!\.+$)[\w.-]{1,200}", re.ASCII)
