@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +162,8 @@ def _problem(folder: Path, file: File, progress: Callable[[int], None]) -> str |
             return f"{path} has {path.stat().st_size} bytes, not {file.bytes}"
         digest, block = xxhash.xxh3_128(), memoryview(bytearray(min(BLOCK, file.bytes)))
         with path.open("rb", buffering=0) as stream:
+            # The system reads farther ahead then.
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             while count := stream.readinto(block):
                 digest.update(block[:count])
                 progress(count)

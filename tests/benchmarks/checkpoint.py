@@ -34,6 +34,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -421,10 +422,13 @@ def main() -> int:
         "--folder", type=Path, help="on the disk that is measured; without it, where temporary files go"
     )
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds={options.rounds}: quartiles need 2 or more")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = tables(Path(folder), options.rounds)
     within = found["1 rank"]["within"]
     report = origin(MODULE) | {
+        "safetensors": version("safetensors"),
         "rounds": options.rounds,
         "threads": 1,
         "wanted_over_limit": WANTED,
