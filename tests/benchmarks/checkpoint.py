@@ -33,6 +33,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -227,6 +228,7 @@ class DcpAsync(Dcp):
     def save(self, folder: Path, clock: Clock) -> None:
         done = dcp.async_save(self.tensors, checkpoint_id=folder, async_stager=self.stager)
         clock.note("blocking")
+        assert isinstance(done, Future)
         done.result()
         sync_folder(folder)
         clock.note("save")
@@ -282,11 +284,12 @@ def resident_frac(descriptor: int) -> float:
     """Of a file's pages, those that the host's memory holds."""
     with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as content:
         numbers = np.frombuffer(content, np.uint8)
-        pages = (ctypes.c_ubyte * -(-len(content) // mmap.PAGESIZE))()
-        failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(numbers.ctypes.data), ctypes.c_size_t(len(content)), pages)
+        pages = np.zeros(-(-len(content) // mmap.PAGESIZE), np.uint8)
+        begin, answer = (ctypes.c_void_p(each.ctypes.data) for each in (numbers, pages))
+        failed = ctypes.CDLL(None).mincore(begin, ctypes.c_size_t(len(content)), answer)
         del numbers  # it holds the mapping open
         assert not failed
-    return float((np.frombuffer(pages, np.uint8) & 1).mean())
+    return float((pages & 1).mean())
 
 
 @dataclass
