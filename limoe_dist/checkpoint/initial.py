@@ -19,6 +19,7 @@ from torch import Tensor
 from limoe_dist.checkpoint.contents import plain
 from limoe_dist.checkpoint.manifest import NAME
 from limoe_dist.checkpoint.reader import Reader, on_all_ranks, open_checkpoint
+from limoe_dist.parallel.background import patiently
 from limoe_dist.parallel.collectives import raise_together, vote
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.parallel.placement import Shard
@@ -71,13 +72,17 @@ def take_weights(place: Path, weights: dict[str, Shard], mesh: Mesh, device: tor
     other = [name for name in common if reader.shape(name) != weights[name].shape]
     resized = [name for name in other if _can_resize(name, reader.shape(name), weights[name].shape)]
     raise_together(_problems(reader, weights, common, sorted(set(other) - set(resized))), mesh.world, device)
-    with on_all_ranks(mesh, device):
+
+    def fill() -> None:
         for name in common:
             shard = weights[name]
             if name in resized:
                 _fill(shard, _resized(name, reader.whole(name), shard.shape[0]))
             else:
                 reader.fill(name, shard.tensor, shard.start)
+
+    with on_all_ranks(mesh, device):
+        patiently(fill, mesh.world, device)
     return Taken(
         checkpoint=reader.checkpoint,
         tokenizer=reader.state.tokenizer,

@@ -7,9 +7,9 @@
     retire     rank 0: what is no longer kept goes, now that a newer checkpoint is verified       (a thread)
 
 From one stage to the next go all ranks together, when all have ended the one before: each says in `flags` how far it
-is, the largest over all ranks come back to `advance`. So a save has no collective of its own while training runs but
-for one gather of checksums, and no rank is waited for. Nothing here needs locks: until the directory has its name,
-nobody looks into it, and each save has a directory of its own.
+is, the largest over all ranks come back to `advance`. So a save has two small collectives of its own, one for the name
+of its directory and one for the checksums, and no rank is waited for while training runs. Nothing here needs locks:
+until the directory has its name, nobody looks into it, and each save has a directory of its own.
 """
 
 from __future__ import annotations

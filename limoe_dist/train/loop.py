@@ -40,8 +40,8 @@ def train(
 ) -> Outcome:
     """Trains in `out` until train.steps, a signal, or the step `stop_after`, and ends with a checkpoint.
 
-    Every rank calls it. Raises UserError, on all ranks, for what the user can mend: before the first step nothing is
-    overwritten then; later the newest checkpoint stands.
+    Every rank calls it. Raises UserError, on all ranks, for what the user can mend: what was saved is left alone, and
+    the newest checkpoint stands.
     """
     with StopFlag() as stop:
         inputs = open_inputs(run, mesh, device)

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -109,19 +110,19 @@ class Clock:
         return dict(zip(self._laps, [ns / 1e9 for ns in vote(self.mesh.world, CPU, *self._laps.values())], strict=True))
 
 
-class Contender:
+class Contender(ABC):
     """One way to keep `tensors` in files of a folder, with what it reuses from one save to the next."""
 
     def __init__(self, tensors: dict[str, Tensor], rank: int) -> None:
         self.tensors, self.rank = tensors, rank
 
+    @abstractmethod
     def save(self, folder: Path, clock: Clock) -> None:
         """Notes `save`, and `blocking` where it is shorter; the clock runs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, folder: Path) -> None:
         """Fills the tensors, in place."""
-        raise NotImplementedError
 
     def take(self, loaded: dict[str, Tensor]) -> None:
         for name, tensor in loaded.items():
