@@ -11,8 +11,12 @@ from limoe_dist.config.errors import UserError, nearest
 
 COMMANDS = {
     "train": ("launch.train", "train a preset on Arrow shards, or go on with --resume RUN"),
-    "eval": ("launch.evaluate", "zero-shot classification and retrieval of a trained run"),
+    "eval": ("launch.evaluate", "zero-shot, few-shot, retrieval and contrastive accuracy of a trained run"),
+    "analyze": ("launch.analyze", "which expert serves what: routing of a trained run, for the report"),
     "report": ("launch.report", "write one HTML page about a run"),
+    "average": ("launch.average", "the mean of several checkpoints' weights, as a run of its own"),
+    "prune": ("launch.prune", "keep the experts that one modality uses"),
+    "reproduce": ("launch.reproduce", "one of the paper's comparisons, in miniature, on the demo data"),
     "checkpoint": ("launch.checkpoint", "list, show, verify and remove the checkpoints of a run"),
     "plan": ("launch.plan", "parameters, memory and layout of a preset, without training"),
     "verify": ("launch.verify", "prove that a layout computes what one process computes"),

@@ -31,6 +31,9 @@ class Model(Section):
     """Hidden width F of a dense MLP and of every expert."""
     embed_dim: Count = 384
     """Width P of the two embeddings that the contrastive loss compares."""
+    towers: Literal["one", "two"] = "one"
+    """one: all tokens pass through the same blocks, as in LIMoE. two: captions have blocks of their own, as many and as
+    wide, with moe.blocks empty: the dense two-tower baseline of Table 2."""
     init_temperature: Positive = 0.1
     """First value of the learned temperature T; logits are cosine / T. big_vision and LiT start at 0.1."""
 
@@ -90,9 +93,19 @@ class Moe(Section):
     """V-MoE rounds the capacity up to a multiple of 4."""
     eval_capacity: Literal["full", "paper"] = "full"
     """full: in evaluation nothing is dropped, so that an embedding depends on its own input only.
-    paper: the training capacity also in evaluation."""
-    order: Literal["priority", "images_first"] = "priority"
-    """Who gets a slot first: tokens with the largest gate (batch priority routing), or the order in the group."""
+    paper: slots are limited in evaluation too, by moe.eval_capacity_factor."""
+    eval_capacity_factor: NotNegative = 0.0
+    """With moe.eval_capacity=paper: the factor in evaluation; 0: moe.capacity_factor."""
+    order: Literal["priority", "images_first", "text_first", "random"] = "priority"
+    """Who gets a slot first: tokens with the largest gate (batch priority routing, LIMoE section 2.2.3), or the
+    baselines of Figure 6: one modality before the other, each as it stands in the group, or a random order."""
+    priority: Literal["max", "sum"] = "max"
+    """moe.order=priority goes by the largest gate of a token, or by the sum of its K gates (V-MoE)."""
+    routers: Literal["shared", "per_modality"] = "shared"
+    """One router for both modalities, or one for each (LIMoE, appendix E.3)."""
+    image_experts: CountOrZero = 0
+    """0: every expert serves both modalities. Else the first so many experts serve images alone, the others texts
+    (separate pools, LIMoE, appendix E.3)."""
     noise_std: NotNegative = 1.0
     """Router noise in training is normal with standard deviation noise_std / E (V-MoE)."""
     aux_weight: NotNegative = 0.04
@@ -111,10 +124,20 @@ class Moe(Section):
     """Relative weight of the thresholded global entropy loss of images."""
     global_text: NotNegative = 1.0
     """Relative weight of the thresholded global entropy loss of texts."""
+    mutual_information: NotNegative = 0.0
+    """Relative weight of minus the mutual information of experts and modalities (LIMoE, sections 2.2.2 and 4.1)."""
+    modality_prior: Literal["tokens", "uniform"] = "tokens"
+    """For moe.mutual_information: a modality weighs as many tokens as it has, or one half. The paper leaves it open."""
+    local_form: Literal["plain", "above_log_k", "merged"] = "plain"
+    """Local entropy with K > 1, which the paper modifies in its appendix E.1: plain: as with K = 1; above_log_k: only
+    what exceeds log K; merged: after the K largest gates were put together."""
     min_image_experts: Positive = 20.0
     """The global image loss asks for at least exp(threshold) = this many experts."""
     min_text_experts: Positive = 9.0
     """The global text loss asks for at least exp(threshold) = this many experts."""
+    kept_experts: tuple[str, ...] = ()
+    """What `limoe prune` writes: for each MoE block the experts that are left, by their number before, as "0 4 7".
+    The router keeps all columns: gates stay as they were. Empty: all experts."""
 
 
 class Data(Section):
