@@ -61,7 +61,11 @@ def _moe(run: Run) -> list[str]:
     moe = run.moe
     if not moe.blocks:
         return []
-    problems = []
+    problems = [*_slots(run), *_pools(run), *_pruned(run)]
+    if run.model.towers == "two":
+        problems.append(
+            f"model.towers=two has no mixture of experts, but moe.blocks={moe.blocks}: use moe.blocks=() or towers=one"
+        )
     if outside := [block for block in moe.blocks if block >= run.model.depth]:
         problems.append(
             f"moe.blocks={moe.blocks}: block {outside[0]} does not exist; "
@@ -73,12 +77,15 @@ def _moe(run: Run) -> list[str]:
         problems.append(
             f"moe.top_k={moe.top_k} must not exceed moe.num_experts={moe.num_experts}: use 1 to {moe.num_experts}"
         )
-    for name in ("image", "text"):
-        wanted = getattr(moe, f"min_{name}_experts")
-        if getattr(moe, f"global_{name}") and not 1 <= wanted <= moe.num_experts:
+    pools = {"image": moe.image_experts, "text": moe.num_experts - moe.image_experts if moe.image_experts else 0}
+    for name, pool in pools.items():
+        wanted, most = getattr(moe, f"min_{name}_experts"), pool or moe.num_experts
+        if getattr(moe, f"global_{name}") and not 1 <= wanted <= most:
+            of = f"moe.num_experts={moe.num_experts}" + (f", moe.image_experts={moe.image_experts}" if pool else "")
             problems.append(
-                f"moe.min_{name}_experts={wanted:g} can never be met with moe.num_experts={moe.num_experts}: "
-                f"use 1 to {moe.num_experts}"
+                f"moe.min_{name}_experts={wanted:g} can never be met with {of}: the threshold log({wanted:g}) "
+                f"= {math.log(wanted):.2f} nats is not within 0 and log({most}) = {math.log(max(most, 1)):.2f}: "
+                f"use 1 to {most}"
             )
     if moe.eval_capacity == "paper" and run.eval.batch_pairs % moe.group_pairs:
         problems.append(
@@ -87,6 +94,71 @@ def _moe(run: Run) -> list[str]:
         )
     if moe.load and not moe.noise_std:
         problems.append(f"moe.load={moe.load:g} needs router noise: set moe.noise_std above 0 (the paper's is 1)")
+    return problems
+
+
+def _slots(run: Run) -> list[str]:
+    """A capacity of less than one token would be rounded up: not what was asked for."""
+    moe, problems = run.moe, []
+    tokens = moe.group_pairs * (run.image_tokens + run.text.length)
+    for name, factor in (
+        ("capacity_factor", moe.capacity_factor),
+        ("eval_capacity_factor", moe.eval_capacity_factor or moe.capacity_factor),
+    ):
+        if tokens * moe.top_k * factor < moe.num_experts:
+            least = moe.num_experts / (tokens * moe.top_k)
+            problems.append(
+                f"moe.{name}={factor:g} leaves an expert less than one slot: a group has {tokens} tokens "
+                f"(moe.group_pairs={moe.group_pairs}) for moe.num_experts={moe.num_experts}: use at least {least:.3g}"
+            )
+    if moe.eval_capacity_factor and moe.eval_capacity == "full":
+        problems.append(
+            f"moe.eval_capacity_factor={moe.eval_capacity_factor:g} needs moe.eval_capacity=paper: with full, nothing "
+            "is dropped in evaluation"
+        )
+    return problems
+
+
+def _pools(run: Run) -> list[str]:
+    moe = run.moe
+    pool = moe.image_experts
+    if not pool:
+        return []
+    if pool >= moe.num_experts:
+        return [
+            f"moe.image_experts={pool} leaves texts no expert of moe.num_experts={moe.num_experts}: "
+            f"use 1 to {moe.num_experts - 1}, or 0 for experts that serve both"
+        ]
+    least = min(pool, moe.num_experts - pool)
+    if moe.top_k <= min(moe.num_experts, least):
+        return []
+    return [f"moe.top_k={moe.top_k} must not exceed the smaller pool of experts, {least}: use 1 to {least}"]
+
+
+def _pruned(run: Run) -> list[str]:
+    moe = run.moe
+    if not moe.kept_experts:
+        return []
+    if len(moe.kept_experts) != len(moe.blocks):
+        return [
+            f"moe.kept_experts has {len(moe.kept_experts)} entries for the {len(moe.blocks)} blocks of "
+            f"moe.blocks={moe.blocks}: give one for each, as `limoe prune` does"
+        ]
+    problems = []
+    for text in moe.kept_experts:
+        words = text.split()
+        numbers = [int(word) for word in words if word.isdecimal()]
+        rising = len(numbers) == len(words) and numbers == sorted(set(numbers))
+        if not rising or not numbers or numbers[-1] >= moe.num_experts:
+            problems.append(
+                f'moe.kept_experts: "{text}" must be rising numbers of experts, 0 to {moe.num_experts - 1}, as "0 4 7"'
+            )
+        elif len(numbers) < moe.top_k:
+            problems.append(f'moe.kept_experts: "{text}" has fewer experts than moe.top_k={moe.top_k}: keep more')
+    if run.parallel.ep > 1:
+        problems.append(
+            f"parallel.ep={run.parallel.ep} cannot share experts that were pruned (moe.kept_experts): use parallel.ep=1"
+        )
     return problems
 
 

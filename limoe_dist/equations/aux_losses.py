@@ -9,6 +9,7 @@ ST-MoE (arXiv 2202.08906), equation 5, for the z-loss.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,14 +52,37 @@ def z_loss(logits_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:
     return _mean_over_tokens(logits_GSE.logsumexp(-1).square(), valid_GS)
 
 
-def local_entropy(logits_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:
+def local_entropy(
+    logits_GSE: Tensor,
+    valid_GS: Tensor | None = None,
+    *,
+    k: int = 1,
+    form: Literal["plain", "above_log_k", "merged"] = "plain",
+) -> Tensor:
     """(G,): mean over the tokens of ONE modality of the entropy of their gates, in [0, log E]; equation 2, left.
+
+    form: what is asked of a token with k > 1 experts, which would not be confident of k experts and of one. The paper's
+    own form is in its appendix E.1, which is not public; with k = 1 all are the same. plain: the entropy; above_log_k:
+    what of it exceeds log k, that of k equal gates; merged: the entropy after the k largest gates became one.
+    """
+    entropy_GS = token_entropy(logits_GSE)
+    if form == "above_log_k":
+        entropy_GS = (entropy_GS - math.log(k)).clamp(min=0)
+    elif form == "merged" and k > 1:
+        log_top_GSK = logits_GSE.log_softmax(-1).topk(k, dim=-1).values
+        log_mass_GS = log_top_GSK.logsumexp(-1)
+        apart_GS = (log_top_GSK.exp() * log_top_GSK).sum(-1)
+        entropy_GS = entropy_GS + apart_GS - log_mass_GS.exp() * log_mass_GS
+    return _mean_over_tokens(entropy_GS, valid_GS)
+
+
+def token_entropy(logits_GSE: Tensor) -> Tensor:
+    """(G, S): the entropy in nats of each token's gates.
 
     From logits, not gates: a gate that underflows to 0 would have the gradient 0 * inf.
     """
     log_gates_GSE = logits_GSE.log_softmax(-1)
-    entropy_GS = -(log_gates_GSE.exp() * log_gates_GSE).sum(-1)
-    return _mean_over_tokens(entropy_GS, valid_GS)
+    return -(log_gates_GSE.exp() * log_gates_GSE).sum(-1)
 
 
 def mean_gates(gates_GSE: Tensor, valid_GS: Tensor | None = None) -> Tensor:
@@ -86,3 +110,29 @@ def thresholded_global_entropy(mean_gates_GE: Tensor, threshold: float) -> Tenso
             f"threshold={threshold:.4f} must not exceed log(E)=log({num_experts})={math.log(num_experts):.4f}"
         )
     return (threshold - entropy(mean_gates_GE)).clamp(min=0)
+
+
+def mutual_information_loss(
+    image_gates_GE: Tensor,
+    text_gates_GE: Tensor,
+    *,
+    tokens: tuple[Tensor | int, Tensor | int],
+    prior: Literal["tokens", "uniform"],
+) -> Tensor:
+    """(G,): minus the mutual information of experts and modalities, in [-log 2, 0]: -(H(p) - sum_m p(m) H(p_m)).
+
+    image_gates_GE, text_gates_GE: (G, E), the average gate of each modality over a routing group.
+    tokens: valid tokens of each modality in a group, (G,) or a number; prior: whether p(m) is their share or one half.
+    A group in which a modality is absent gives 0 with the prior "tokens".
+    Source: LIMoE, sections 2.2.2 and 4.1; the paper does not say which p(m) it takes.
+    """
+    if prior == "uniform":
+        share_G1: Tensor | float = 0.5
+    else:
+        kind = {"dtype": image_gates_GE.dtype, "device": image_gates_GE.device}
+        images, texts = (torch.as_tensor(number, **kind) for number in tokens)
+        share_G1 = (images / (images + texts).clamp(min=1))[..., None]
+    together_GE = share_G1 * image_gates_GE + (1 - share_G1) * text_gates_GE
+    share_G = share_G1 if isinstance(share_G1, float) else share_G1[..., 0]
+    apart_G = share_G * entropy(image_gates_GE) + (1 - share_G) * entropy(text_gates_GE)
+    return apart_G - entropy(together_GE)

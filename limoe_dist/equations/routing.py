@@ -35,32 +35,41 @@ class Choices:
     """(G, S, K): the gates of those experts, not normalised again; differentiable."""
 
 
-def top_k(gates_GSE: Tensor, k: int) -> Choices:
+def top_k(gates_GSE: Tensor, k: int, allowed_E: Tensor | None = None) -> Choices:
     """The k largest gates of every token; a tie goes to the lowest expert id, on every device.
 
+    allowed_E: (E,) bool, the experts that may be chosen, at least k of them; None for all.
     Source: LIMoE, section 2.2: MoE(x) sums g(x)_e MLP_e(x) over the chosen experts, with the gate itself as weight.
     """
+    offered_GSE = gates_GSE.detach()
+    if allowed_E is not None:
+        offered_GSE = offered_GSE.masked_fill(~allowed_E, -1.0)
     # argmax returns the first of equal values; torch.topk promises nothing about ties, a stable sort does.
     if k == 1:
-        expert_GSK = gates_GSE.argmax(-1, keepdim=True)
+        expert_GSK = offered_GSE.argmax(-1, keepdim=True)
     else:
-        expert_GSK = gates_GSE.detach().argsort(dim=-1, descending=True, stable=True)[..., :k]
+        expert_GSK = offered_GSE.argsort(dim=-1, descending=True, stable=True)[..., :k]
     return Choices(expert_GSK, gates_GSE.gather(-1, expert_GSK))
 
 
-def service_order(
-    top_weight_GS: Tensor, valid_GS: Tensor | None = None, *, order: Literal["priority", "images_first"]
-) -> Tensor:
-    """(G, S) int64: the tokens of each group in the order in which they ask for slots.
+def priorities(weight_GSK: Tensor, by: Literal["max", "sum"]) -> Tensor:
+    """(G, S): how early a token is served in batch priority routing, the larger the earlier.
 
-    priority: largest top-1 gate first, equal ones as they stand in the group (LIMoE, section 2.2.3: batch priority
-    routing over both modalities together, in training and in evaluation). images_first: as they stand in the group.
-    Tokens that are not valid come last.
+    max: its largest gate (V-MoE's code). sum: the sum of its K chosen gates (V-MoE's paper, section 4.1). For K = 1
+    they are the same.
     """
-    if order == "priority":
-        priority_GS = top_weight_GS.detach()
-    else:
-        priority_GS = torch.zeros_like(top_weight_GS, requires_grad=False)
+    weight_GSK = weight_GSK.detach()
+    return weight_GSK[..., 0] if by == "max" else weight_GSK.sum(-1)
+
+
+def service_order(priority_GS: Tensor, valid_GS: Tensor | None = None) -> Tensor:
+    """(G, S) int64: the tokens of each group in the order in which they ask for slots, the highest priority first.
+
+    Equal priorities: as they stand in the group. Batch priority routing sorts by `priorities`, over both modalities
+    together, in training and in evaluation (LIMoE, section 2.2.3); the baselines of Figure 6 by other numbers: equal
+    ones (first come), a modality's, random ones. Tokens that are not valid come last.
+    """
+    priority_GS = priority_GS.detach()
     if valid_GS is not None:
         priority_GS = priority_GS.masked_fill(~valid_GS, -math.inf)
     return priority_GS.argsort(dim=-1, descending=True, stable=True)

@@ -17,7 +17,7 @@ from limoe_dist.config.presets import threshold
 from limoe_dist.config.schema import Moe, Run
 from limoe_dist.equations import aux_losses
 from limoe_dist.equations.dispatch import SlotIndex, combine, dispatch, index_slots
-from limoe_dist.equations.routing import capacity, kept, service_order, slots, top_k
+from limoe_dist.equations.routing import Choices, capacity, kept, priorities, service_order, slots, top_k
 from limoe_dist.model.tokens import TokenLayout
 from limoe_dist.parallel import counter_rng
 from limoe_dist.parallel.collectives import all_to_all_rows, max_over
@@ -25,7 +25,19 @@ from limoe_dist.parallel.linear import autocast_type
 from limoe_dist.parallel.mesh import Axis, Mesh
 from limoe_dist.parallel.placement import Init, Placement, make_parameter
 
-AUX_LOSSES = ("importance", "load", "z", "local_image", "local_text", "global_image", "global_text")
+AUX_LOSSES = (
+    "importance",
+    "load",
+    "z",
+    "local_image",
+    "local_text",
+    "global_image",
+    "global_text",
+    "mutual_information",
+)
+
+NEVER = -1e30
+"""The logit of an expert that does not serve a token's modality. Finite: 0 * log 0 must not become NaN."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,8 @@ class Route:
     """(G, S, K) int64."""
     kept_GSK: Tensor
     """(G, S, K) bool: the choices that got a slot."""
+    order_GS: Tensor
+    """(G, S) int64: the tokens of each group in the order in which they were served."""
     index: SlotIndex
 
 
@@ -82,8 +96,11 @@ class MoeLayer(nn.Module):
         self.index = index
         self.ep = mesh.ep
         width, experts = run.model.width, run.moe.num_experts
-        self.router = make_parameter(Placement((width, experts), Init.lecun(width), decay=True, wide=True), mesh)
-        self.experts = Experts(width=width, hidden=run.model.mlp_dim, num_experts=experts, mesh=mesh)
+        routers = (2,) if run.moe.routers == "per_modality" else ()
+        router = Placement((*routers, width, experts), Init.lecun(width), decay=True, wide=True, stacked=len(routers))
+        self.router = make_parameter(router, mesh)
+        self.kept_experts = kept_experts(run, index)
+        self.experts = Experts(width=width, hidden=run.model.mlp_dim, num_experts=len(self.kept_experts), mesh=mesh)
 
     def forward(self, x_TD: Tensor, layout: TokenLayout, mode: RoutingMode, routes: Routes) -> tuple[Tensor, MoeRecord]:
         """(T, D) -> (T, D): the gated sum of each token's experts; zero where all its choices were dropped."""
@@ -102,27 +119,54 @@ class MoeLayer(nn.Module):
         return out_TD, self._record(losses, clean_GSE, route, layout)
 
     def _decide(self, gates_GSE: Tensor, layout: TokenLayout, mode: RoutingMode) -> Route:
-        choices, valid_GS = top_k(gates_GSE, self.moe.top_k), layout.valid_GS
-        order_GS = service_order(choices.weight_GSK[..., 0], valid_GS, order=self.moe.order)
-        slot_GSK = slots(choices.expert_GSK, order_GS, valid_GS, num_experts=self.moe.num_experts)
+        there, valid_GS = len(self.kept_experts), layout.valid_GS
+        pruned = there < self.moe.num_experts
+        choices = top_k(gates_GSE, self.moe.top_k, self._there_E(gates_GSE.device) if pruned else None)
+        order_GS = service_order(self._priority(choices, layout, mode), valid_GS)
+        # Where experts were pruned, those that are left stand in their own order in the buffers.
+        place_GSK = self._there_E(gates_GSE.device).cumsum(0)[choices.expert_GSK] - 1 if pruned else choices.expert_GSK
+        slot_GSK = slots(place_GSK, order_GS, valid_GS, num_experts=there)
         slots_C = self._capacity(slot_GSK, valid_GS, layout, mode)
         kept_GSK = kept(slot_GSK, valid_GS, capacity=slots_C)
-        index = index_slots(
-            choices.expert_GSK,
-            slot_GSK,
-            kept_GSK,
-            layout.token_GS,
-            num_experts=self.moe.num_experts,
-            capacity=slots_C,
-        )
-        return Route(choices.expert_GSK, kept_GSK, index)
+        index = index_slots(place_GSK, slot_GSK, kept_GSK, layout.token_GS, num_experts=there, capacity=slots_C)
+        return Route(choices.expert_GSK, kept_GSK, order_GS, index)
+
+    def _there_E(self, device: torch.device) -> Tensor:
+        """(E,) bool: the experts that were not pruned."""
+        there = torch.zeros(self.moe.num_experts, dtype=torch.bool, device=device)
+        there[list(self.kept_experts)] = True
+        return there
+
+    def _priority(self, choices: Choices, layout: TokenLayout, mode: RoutingMode) -> Tensor:
+        """(G, S): who is served before whom, by moe.order."""
+        groups, tokens, _ = choices.expert_GSK.shape
+        weight_GSK = choices.weight_GSK
+        if self.moe.order == "priority":
+            return priorities(weight_GSK, self.moe.priority)
+        if self.moe.order == "random":
+            stream = counter_rng.key("random-order", mode.seed, mode.step, self.index)
+            group_G = torch.arange(mode.first_group, mode.first_group + groups, device=weight_GSK.device)
+            keys = counter_rng.keys(stream, group_G)
+            return counter_rng.uniform(keys, tokens, device=weight_GSK.device, dtype=torch.float64)
+        # Images stand first in a group: to be served as they stand, all are equal.
+        text_S = torch.arange(tokens, device=weight_GSK.device) >= layout.group_image_tokens
+        return (text_S if self.moe.order == "text_first" else torch.zeros_like(text_S)).double().expand(groups, tokens)
 
     def logits(self, x_TD: Tensor, layout: TokenLayout, mode: RoutingMode) -> tuple[Tensor, Tensor]:
         """(G, S, E) clean and noisy logits, at least float32: gates in bf16 tie, and ties change who is served."""
         with torch.autocast(x_TD.device.type, enabled=False):
             kind = torch.promote_types(x_TD.dtype, torch.float32)
-            logits_TE = x_TD.to(kind) @ self.router.to(kind)
+            x, router = x_TD.to(kind), self.router.to(kind)
+            if router.dim() == 3:
+                image_TD, text_TD = x.split([layout.num_image_tokens, layout.num_text_tokens])
+                logits_TE = torch.cat([image_TD @ router[0], text_TD @ router[1]])
+            else:
+                logits_TE = x @ router
         clean_GSE = logits_TE[layout.token_GS]
+        if pool := self.moe.image_experts:
+            image_S1 = torch.arange(layout.group_tokens, device=x_TD.device)[:, None] < layout.group_image_tokens
+            image_E = torch.arange(self.moe.num_experts, device=x_TD.device) < pool
+            clean_GSE = clean_GSE.masked_fill(image_S1 != image_E, NEVER)
         if not mode.training or self.moe.noise_std == 0:
             return clean_GSE, clean_GSE
         groups, tokens, experts = clean_GSE.shape
@@ -135,11 +179,12 @@ class MoeLayer(nn.Module):
 
     def _capacity(self, slot_GSK: Tensor, valid_GS: Tensor | None, layout: TokenLayout, mode: RoutingMode) -> int:
         if mode.training or self.moe.eval_capacity == "paper":
+            factor = self.moe.capacity_factor
             return capacity(
                 layout.group_tokens,
                 num_experts=self.moe.num_experts,
                 k=self.moe.top_k,
-                factor=self.moe.capacity_factor,
+                factor=factor if mode.training else self.moe.eval_capacity_factor or factor,
                 multiple=self.moe.capacity_multiple,
             )
         # Nothing is dropped: as many slots as the fullest expert needs. Buffers are exchanged with equal splits,
@@ -162,6 +207,7 @@ class MoeLayer(nn.Module):
             )
         image = slice(0, layout.group_image_tokens)
         text = slice(layout.group_image_tokens, layout.group_tokens)
+        mean_gates_GE, tokens = [], []
         for name, part, present, min_experts in (
             ("image", image, layout.images, moe.min_image_experts),
             ("text", text, layout.texts, moe.min_text_experts),
@@ -169,11 +215,17 @@ class MoeLayer(nn.Module):
             if not present:
                 continue
             valid = None if valid_GS is None else valid_GS[:, part]
-            losses[f"local_{name}"] = aux_losses.local_entropy(clean_GSE[:, part], valid)
+            mean_gates_GE.append(aux_losses.mean_gates(gates_GSE[:, part], valid))
+            tokens.append(part.stop - part.start if valid is None else valid.sum(-1))
+            losses[f"local_{name}"] = aux_losses.local_entropy(
+                clean_GSE[:, part], valid, k=moe.top_k, form=moe.local_form
+            )
             # Where the loss is off, its threshold may be one that these experts cannot meet.
             reachable = min(min_experts, moe.num_experts)
-            losses[f"global_{name}"] = aux_losses.thresholded_global_entropy(
-                aux_losses.mean_gates(gates_GSE[:, part], valid), threshold(reachable)
+            losses[f"global_{name}"] = aux_losses.thresholded_global_entropy(mean_gates_GE[-1], threshold(reachable))
+        if len(mean_gates_GE) == 2:
+            losses["mutual_information"] = aux_losses.mutual_information_loss(
+                mean_gates_GE[0], mean_gates_GE[1], tokens=(tokens[0], tokens[1]), prior=moe.modality_prior
             )
         return {name: loss_G.sum() for name, loss_G in losses.items()}
 
@@ -189,8 +241,7 @@ class MoeLayer(nn.Module):
         count = torch.zeros(2, 2 * self.moe.num_experts, device=clean_GSE.device)
         count[0].scatter_add_(0, cell_GSK.flatten(), real_GS[..., None].expand_as(kept_GSK).flatten().float())
         count[1].scatter_add_(0, cell_GSK.flatten(), kept_GSK.flatten().float())
-        log_gates_GSE = clean_GSE.log_softmax(-1)
-        entropy_GS = -(log_gates_GSE.exp() * log_gates_GSE).sum(-1).float() * real_GS
+        entropy_GS = aux_losses.token_entropy(clean_GSE).float() * real_GS
         by_modality = torch.stack([~text_S, text_S]).float()
         return MoeRecord(
             losses=losses,
@@ -199,6 +250,13 @@ class MoeLayer(nn.Module):
             entropy_2=by_modality @ entropy_GS.sum(0),
             tokens_2=by_modality @ real_GS.sum(0).float(),
         )
+
+
+def kept_experts(run: Run, block: int) -> tuple[int, ...]:
+    """The experts that a MoE block has, by their number in the router: all, but where `limoe prune` took some out."""
+    if not run.moe.kept_experts:
+        return tuple(range(run.moe.num_experts))
+    return tuple(int(number) for number in run.moe.kept_experts[run.moe.blocks.index(block)].split())
 
 
 def _flat(weight_GSK: Tensor, layout: TokenLayout) -> Tensor:

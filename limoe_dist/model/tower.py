@@ -31,6 +31,10 @@ class TowerOutput:
     """(B, P), likewise for captions."""
     records: dict[int, MoeRecord]
     """One for each MoE block, by block number."""
+    image_BD: Tensor | None = None
+    """(B, D): the mean over a picture's tokens, before the projection: what linear probes see."""
+    text_BD: Tensor | None = None
+    """(B, D), likewise for captions."""
 
 
 class Limoe(nn.Module):
@@ -42,6 +46,9 @@ class Limoe(nn.Module):
         self.text_embed = TextEmbed(vocab_size=run.text.vocab_size, num_tokens=run.text.length, width=width, mesh=mesh)
         self.blocks = nn.ModuleList(Block(run, index, mesh=mesh) for index in range(run.model.depth))
         self.norm = LayerNorm(width, mesh=mesh, kernels=run.parallel.kernels)
+        if run.model.towers == "two":
+            self.text_blocks = nn.ModuleList(Block(run, index, mesh=mesh) for index in range(run.model.depth))
+            self.text_norm = LayerNorm(width, mesh=mesh, kernels=run.parallel.kernels)
         projection = Placement((width, embed_dim), Init.lecun(width), decay=True)
         self.image_projection = make_parameter(projection, mesh)
         self.text_projection = make_parameter(projection, mesh)
@@ -63,16 +70,55 @@ class Limoe(nn.Module):
         Either input may be None. In training both counts are multiples of moe.group_pairs.
         Raises ValueError where nothing is given or the groups do not divide.
         """
-        layout = self._layout(images, tokens, text_valid, mode)
+        if images is None and tokens is None:
+            raise ValueError("images and tokens are both None: give at least one")
+        records: dict[int, MoeRecord] = {}
+        routes = {} if routes is None else routes
+        image_BND, text_BND = None, None
+        if self.run.model.towers == "one":
+            layout = self._layout(images, tokens, text_valid, mode)
+            x_TD = self.norm(self._through(self.blocks, self._embedded(images, tokens), layout, mode, routes, records))
+            image_BND, text_BND = layout.split(x_TD)
+        else:
+            if images is not None:
+                layout = self._layout(images, None, None, mode)
+                x_TD = self._through(self.blocks, self._embedded(images, None), layout, mode, routes, records)
+                image_BND, _ = layout.split(self.norm(x_TD))
+            if tokens is not None:
+                layout = self._layout(None, tokens, text_valid, mode)
+                x_TD = self._through(self.text_blocks, self._embedded(None, tokens), layout, mode, routes, records)
+                _, text_BND = layout.split(self.text_norm(x_TD))
+        image_BD = None if images is None or image_BND is None else image_BND.mean(1)
+        masked_BN = text_valid if self.run.text.pad == "masked" else None
+        text_BD = None if tokens is None or text_BND is None else _pool(text_BND, masked_BN)
+        return TowerOutput(
+            image_BP=None if image_BD is None else _embed(image_BD, self.image_projection),
+            text_BP=None if text_BD is None else _embed(text_BD, self.text_projection),
+            records=records,
+            image_BD=image_BD,
+            text_BD=text_BD,
+        )
+
+    def _embedded(self, images: Tensor | None, tokens: Tensor | None) -> Tensor:
+        """(T, D): the image tokens, then the text tokens."""
         parts = []
         if images is not None:
             parts.append(self.image_embed(images).flatten(0, 1))
         if tokens is not None:
             parts.append(self.text_embed(tokens).flatten(0, 1))
-        x_TD = torch.cat(parts) if len(parts) == 2 else parts[0]
-        records = {}
-        routes = {} if routes is None else routes
-        for index, block in enumerate(self.blocks):
+        return torch.cat(parts) if len(parts) == 2 else parts[0]
+
+    def _through(
+        self,
+        blocks: nn.ModuleList,
+        x_TD: Tensor,
+        layout: TokenLayout,
+        mode: RoutingMode,
+        routes: Routes,
+        records: dict[int, MoeRecord],
+    ) -> Tensor:
+        """(T, D) -> (T, D): one tower, before its last norm. Adds to routes and records."""
+        for index, block in enumerate(blocks):
             if self.run.train.recompute and torch.is_grad_enabled():
                 x_TD, record = checkpoint(
                     block, x_TD, layout, mode, routes, use_reentrant=False, preserve_rng_state=False
@@ -81,12 +127,7 @@ class Limoe(nn.Module):
                 x_TD, record = block(x_TD, layout, mode, routes)
             if record is not None:
                 records[index] = record
-        image_BND, text_BND = layout.split(self.norm(x_TD))
-        return TowerOutput(
-            image_BP=None if images is None else _embed(image_BND.mean(1), self.image_projection),
-            text_BP=None if tokens is None else _embed(_pool(text_BND, layout.text_valid), self.text_projection),
-            records=records,
-        )
+        return x_TD
 
     @property
     def scale(self) -> Tensor:
@@ -97,8 +138,6 @@ class Limoe(nn.Module):
         self, images: Tensor | None, tokens: Tensor | None, text_valid: Tensor | None, mode: RoutingMode
     ) -> TokenLayout:
         counts = [len(x) for x in (images, tokens) if x is not None]
-        if not counts:
-            raise ValueError("images and tokens are both None: give at least one")
         groups = 1
         paper_capacity = mode.training or self.run.moe.eval_capacity == "paper"
         if self.run.moe.blocks and paper_capacity:

@@ -15,6 +15,7 @@ from limoe_dist.equations.aux_losses import (
     load_loss,
     local_entropy,
     mean_gates,
+    mutual_information_loss,
     thresholded_global_entropy,
     z_loss,
 )
@@ -62,6 +63,67 @@ def test_values_and_gradients_equal_the_reference(name):
             assert expected.isnan().all()
             expected = torch.zeros_like(expected)
         torch.testing.assert_close(gradient, expected, **CLOSE, msg=lambda text, key=gradient_key: f"{key}: {text}")
+
+
+def mutual_information_of(case, logits_SE, prior):
+    images_GSE, texts_GSE = (logits_SE[case["modality"] == number][None] for number in (0, 1))
+    return mutual_information_loss(
+        mean_gates(images_GSE.softmax(-1)),
+        mean_gates(texts_GSE.softmax(-1)),
+        tokens=(images_GSE.shape[1], texts_GSE.shape[1]),
+        prior=prior,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTING_CASES if name != "c16_img_only"])
+def test_mutual_information_equals_the_reference(name):
+    case = routing_case(name)
+    logits_SE = case["logits"].requires_grad_()
+    loss_G = mutual_information_of(case, logits_SE, "tokens")
+    torch.testing.assert_close(loss_G[0], case["ref_neg_mi_em"], **CLOSE)
+    (gradient,) = torch.autograd.grad(loss_G.sum(), logits_SE)
+    torch.testing.assert_close(gradient, case["ref_neg_mi_em_grad"], **CLOSE)
+    uniform_G = mutual_information_of(case, logits_SE, "uniform")
+    torch.testing.assert_close(uniform_G[0], case["ref_neg_mi_em_uniform"], **CLOSE)
+
+
+def test_mutual_information_by_hand():
+    # Modalities that share no expert: all is known, log 2 with equal shares, H(1/4, 3/4) = 0.5623 with 1 token to 3.
+    image_GE, text_GE = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    for prior, tokens, expected in (("uniform", (1, 3), -math.log(2)), ("tokens", (1, 3), -0.5623)):
+        loss_G = mutual_information_loss(image_GE, text_GE, tokens=tokens, prior=prior)
+        assert loss_G.item() == pytest.approx(expected, abs=1e-4)
+    # Modalities that use experts alike: nothing is known.
+    same_G = mutual_information_loss(text_GE, text_GE, tokens=(1, 3), prior="tokens")
+    assert same_G.item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_mutual_information_counts_the_valid_tokens_of_each_group():
+    image_GE, text_GE = torch.tensor([[1.0, 0.0]] * 2), torch.tensor([[0.0, 1.0]] * 2)
+    loss_G = mutual_information_loss(image_GE, text_GE, tokens=(3, torch.tensor([1, 0])), prior="tokens")
+    assert loss_G.tolist() == pytest.approx([-0.5623, 0.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("prior", ["tokens", "uniform"])
+def test_mutual_information_has_a_finite_gradient_where_an_expert_is_never_used(prior):
+    logits_GSE = torch.tensor([[[0.0, -1e30], [0.0, -1e30]]], requires_grad=True)
+    gates_GE = mean_gates(logits_GSE.softmax(-1))
+    mutual_information_loss(gates_GE, gates_GE, tokens=(1, 1), prior=prior).sum().backward()
+    assert logits_GSE.grad.isfinite().all()
+
+
+def test_local_entropy_of_two_choices_by_hand():
+    # Gates 1/2, 1/4, 1/4: H = 1.0397 nats, above log 2 by 0.3466; with 1/2 and 1/4 merged, H(3/4, 1/4) = 0.5623.
+    logits_GSE = torch.tensor([[[0.5, 0.25, 0.25]]]).log()
+    for form, expected in (("plain", 1.0397), ("above_log_k", 0.3466), ("merged", 0.5623)):
+        assert local_entropy(logits_GSE, k=2, form=form).item() == pytest.approx(expected, abs=1e-4)
+    # A token that is sure of its two experts has nothing to mend in either form.
+    logits_GSE = torch.tensor([[[0.0, 0.0, -1e30]]], requires_grad=True)
+    for form in ("above_log_k", "merged"):
+        loss_G = local_entropy(logits_GSE, k=2, form=form)
+        assert loss_G.item() == pytest.approx(0.0, abs=1e-6)
+        loss_G.sum().backward()
+    assert logits_GSE.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from limoe_dist.equations.dispatch import combine, dispatch, index_slots
-from limoe_dist.equations.routing import kept, service_order, slots, top_k
+from limoe_dist.equations.routing import kept, slots, top_k
+from tests.equations.orders import in_order
 from tests.golden.load import ROUTING_CASES, routing_case
 
 ORDERS = {"bpr": "priority", "fifo": "images_first"}
@@ -19,7 +20,7 @@ def routed(gates_GSE, *, k, capacity, order="priority", token_GS=None):
     """The weights (T, K) and the index; tokens are numbered as they stand where token_GS is None."""
     groups, tokens, experts = gates_GSE.shape
     choices = top_k(gates_GSE, k)
-    order_GS = service_order(choices.weight_GSK[..., 0], order=order)
+    order_GS = in_order(choices.weight_GSK, order=order)
     slot_GSK = slots(choices.expert_GSK, order_GS, num_experts=experts)
     kept_GSK = kept(slot_GSK, None, capacity=capacity)
     if token_GS is None:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limoe_dist.equations.routing import capacity, kept, service_order, slots, top_k
+from limoe_dist.equations.routing import capacity, kept, priorities, service_order, slots, top_k
+from tests.equations.orders import in_order
 from tests.golden.load import ROUTING_CASES, routing_case
 
 ORDERS = {"bpr": "priority", "fifo": "images_first"}
@@ -33,7 +34,7 @@ def routings(draw, max_k=1):
 
 def route(gates_GSE, *, k, capacity, order="priority", valid_GS=None):
     choices = top_k(gates_GSE, k)
-    order_GS = service_order(choices.weight_GSK[..., 0], valid_GS, order=order)
+    order_GS = in_order(choices.weight_GSK, valid_GS, order=order)
     slot_GSK = slots(choices.expert_GSK, order_GS, valid_GS, num_experts=gates_GSE.shape[-1])
     return choices, slot_GSK, kept(slot_GSK, valid_GS, capacity=capacity)
 
@@ -61,7 +62,7 @@ def test_routing_decisions_equal_vmoe(name, tag):
 @pytest.mark.parametrize("name", ROUTING_CASES)
 def test_the_order_of_service_equals_vmoe(name):
     case = routing_case(name)
-    order_GS = service_order(case["gates"].max(-1).values[None], order="priority")
+    order_GS = service_order(case["gates"].max(-1).values[None])
     assert torch.equal(order_GS[0], case["vmoe_bpr_perm"])
 
 
@@ -134,13 +135,28 @@ def test_images_first_serves_as_the_tokens_stand():
 
 
 def test_equal_priorities_are_served_as_they_stand():
-    assert service_order(torch.full((1, 5), 0.5), order="priority").tolist() == [[0, 1, 2, 3, 4]]
+    assert service_order(torch.full((1, 5), 0.5)).tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_masked_padding_is_served_last():
     valid_GS = torch.tensor([[True, False, True]])
-    for order, expected in (("priority", [2, 0, 1]), ("images_first", [0, 2, 1])):
-        assert service_order(torch.tensor([[0.5, 0.9, 0.7]]), valid_GS, order=order).tolist() == [expected]
+    for priority, expected in (([0.5, 0.9, 0.7], [2, 0, 1]), ([0.0, 0.0, 0.0], [0, 2, 1])):
+        assert service_order(torch.tensor([priority]), valid_GS).tolist() == [expected]
+
+
+def test_priority_by_the_sum_asks_what_all_choices_weigh_together():
+    # By the largest gate token 0 comes first, 0.5 to 0.45; by the sum of two token 1, 0.6 to 0.9.
+    weight_GSK = one_group([[0.5, 0.1], [0.45, 0.45]])
+    assert service_order(priorities(weight_GSK, "max")).tolist() == [[0, 1]]
+    assert service_order(priorities(weight_GSK, "sum")).tolist() == [[1, 0]]
+
+
+def test_an_expert_that_is_not_allowed_is_never_chosen():
+    gates_GSE = one_group([[0.1, 0.6, 0.3], [0.0, 1.0, 0.0]])
+    choices = top_k(gates_GSE, 2, torch.tensor([True, False, True]))
+    assert choices.expert_GSK.tolist() == [[[2, 0], [0, 2]]]
+    # The weight is the gate as it was: nothing is normalised again.
+    assert choices.weight_GSK.tolist() == [[[0.3, 0.1], [0.0, 0.0]]]
 
 
 def test_first_choices_are_served_before_second_ones():

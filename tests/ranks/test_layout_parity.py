@@ -80,7 +80,7 @@ def compare(run: Run, tp: int, ep: int, given: str) -> dict[str, float]:
         # A key bias has the true gradient zero, and so has all of a modality that is absent: only an absolute error
         # has a meaning there.
         largest = whole.tensor.abs().max().item()
-        largest = everywhere if name.endswith("qkv_bias") or largest == 0 else largest
+        largest = (everywhere or 1.0) if name.endswith("qkv_bias") or largest == 0 else largest
         if part.tensor.numel():
             errors[name] = (part.tensor - box_of(whole, part)).abs().max().item() / largest
         counted += part.tensor.numel()
@@ -116,6 +116,44 @@ def test_gradients_of_8_ranks_equal_those_of_one_process(ranks_pool: Any) -> Non
     runs = [small_run("fp64"), small_run("fp32")]
     for answers in ranks_pool(8).run(compare_all, runs, LAYOUTS[8], "pairs"):
         assert not [name for tolerance, name, error in answers if error >= tolerance]
+
+
+def varied(**moe: Any) -> Run:
+    run = small_run("fp64")
+    return run.model_copy(update={"moe": run.moe.model_copy(update=moe)})
+
+
+def two_towers() -> Run:
+    run = varied(blocks=())
+    return run.model_copy(update={"model": run.model.model_copy(update={"towers": "two"})})
+
+
+VARIANTS = {
+    "routers": varied(routers="per_modality", order="text_first"),
+    # Expert 5, which no token chooses, is one of three that serve texts.
+    "pools": varied(image_experts=5, min_image_experts=5.0, min_text_experts=3.0),
+    "random": varied(order="random"),
+    "k": varied(top_k=3, priority="sum", local_form="merged", mutual_information=1.0, capacity_factor=0.5),
+    "k above": varied(top_k=2, local_form="above_log_k", mutual_information=1.0, modality_prior="uniform"),
+}
+
+
+def test_every_router_order_and_loss_has_the_gradient_of_one_process_in_every_layout(ranks4: RanksPool) -> None:
+    for answers in ranks4.run(compare_all, list(VARIANTS.values()), [(2, 2), (1, 4)], "pairs"):
+        assert not [name for tolerance, name, error in answers if error >= tolerance]
+    for run in VARIANTS.values():
+        found = whole_gradients(run, "pairs")
+        asked = run.moe.top_k * (16 * 16 + int(batch(0, torch.float64)[2].sum()))
+        assert all(sum(image + text for image, text in block) < 0.97 * asked for block in found["kept"])
+
+
+def test_two_towers_have_the_gradient_of_one_process_in_every_layout(ranks4: RanksPool) -> None:
+    for given in ("pairs", "images", "texts"):
+        for answers in ranks4.run(compare_all, [two_towers()], [(1, 1), (2, 1)], given):
+            assert not [name for tolerance, name, error in answers if error >= tolerance]
+    images, texts = (whole_gradients(two_towers(), given)["gradients"] for given in ("images", "texts"))
+    # Without a pair there is no contrastive loss, and a dense model has no other.
+    assert all(box.tensor.abs().max() == 0 for found in (images, texts) for box in found.values())
 
 
 @pytest.mark.parametrize("given", ["images", "texts"])

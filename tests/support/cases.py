@@ -49,12 +49,13 @@ def slice_of(whole: tuple[Tensor, ...], mesh: Mesh) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def perturbed_model(run: Run, mesh: Mesh) -> Limoe:
-    """The model with every bias away from zero, and one expert of block 1 that no token chooses."""
+    """The model with every bias away from zero, and, with experts, one of block 1 that no token chooses."""
     model = build_model(run, mesh=mesh, device=torch.device("cpu"))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter += 0.02
     # The inputs of the router are layer-normalised: with this bias and column no token ever wants expert 5.
-    model.blocks[1].norm2.bias.fill_(0.5)
-    model.blocks[1].moe.router[:, 5] = -1.0
+    if run.moe.blocks:
+        model.blocks[1].norm2.bias.fill_(0.5)
+        model.blocks[1].moe.router[..., 5] = -1.0
     return model

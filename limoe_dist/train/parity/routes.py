@@ -152,6 +152,8 @@ def _layout(part: Examples, run: Run) -> TokenLayout:
 def _route(decision: Decision, layout: TokenLayout, run: Run) -> Route:
     """Slots are given out anew, in the order of the tokens: which slot of an expert serves a token changes nothing."""
     moe = run.moe
+    groups, tokens, _ = decision.expert_GSK.shape
+    as_they_stand = torch.arange(tokens, device=decision.expert_GSK.device).expand(groups, tokens)
     size = capacity(
         layout.group_tokens,
         num_experts=moe.num_experts,
@@ -170,7 +172,7 @@ def _route(decision: Decision, layout: TokenLayout, run: Run) -> Route:
         num_experts=moe.num_experts,
         capacity=size,
     )
-    return Route(decision.expert_GSK, decision.kept_GSK, index)
+    return Route(decision.expert_GSK, decision.kept_GSK, as_they_stand, index)
 
 
 def valid_tokens(examples: Examples, run: Run) -> Tensor | None:
