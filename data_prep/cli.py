@@ -31,7 +31,12 @@ class FetchDemo:
 
 @dataclass(frozen=True)
 class Pack:
-    """Pack folders of pictures and captions into Arrow shards with a manifest."""
+    """Pack folders of pictures and captions into Arrow shards with a manifest.
+
+    A line of captions.jsonl is a pair, {"image": "a.png", "captions": ["a red apple"], "concept": "apple"}; a picture
+    alone, {"image": "a.png", "concept": "apple"}; or a text alone, {"caption": "a red apple"}. Evaluation takes all
+    three, training needs pairs: `limoe train --data.mixture` joins several manifests by weights.
+    """
 
     source: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER [FOLDER ...]")]
     """Folders that hold captions.jsonl or captions.csv beside their pictures, or such captions files."""

@@ -72,6 +72,16 @@ class Keyed:
     row: Row
 
 
+@dataclass
+class Counts:
+    """Of the rows that were packed."""
+
+    of_source: Counter[str]
+    converted: int = 0
+    without_caption: int = 0
+    without_picture: int = 0
+
+
 @dataclass(frozen=True)
 class Rejection:
     image: str
@@ -103,7 +113,7 @@ def pack(
 
     rejections: list[Rejection] = []
     rows = _shuffled(_keyed(folders, rejections), settings.seed)
-    counts: Counter[str] = Counter()
+    counts = Counts(Counter())
     limit_pillow(settings.caps)
     shown = track(rows, "packing", console=console, transient=True, disable=not console.is_terminal)
     good = _checked(shown, settings.caps, threads, rejections, counts)
@@ -115,16 +125,18 @@ def pack(
     if not shards:
         first = rejections[0]
         raise UserError(
-            f"{out}: all {len(rejections)} rows were rejected, the first because {first.image} {first.reason}: "
-            "see rejected.jsonl there"
+            f"{out}: all {len(rejections)} rows were rejected, the first because "
+            f"{first.image or f'line {first.line}'} {first.reason}: see rejected.jsonl there"
         )
-    converted = counts.pop("")
     manifest = Manifest(
         name=settings.name,
         rows=sum(shard.rows for shard in shards),
         shards=tuple(shards),
-        sources=_sources(folders, counts),
+        sources=_sources(folders, counts.of_source),
+        without_caption=counts.without_caption,
+        without_picture=counts.without_picture,
     )
+    converted = counts.converted
     done_note = {"inputs": inputs, "done": True, "rejected": len(rejections), "converted": converted}
     write_atomically(out / "pack.json", json.dumps(done_note) + "\n")
     manifests.save_manifest(manifest, out / "manifest.json")
@@ -139,11 +151,13 @@ def _fingerprint(folders: Iterable[Folder], settings: PackSettings) -> str:
             digest.update((manifests.sha256_of(file) if file.is_file() else "none").encode())
         digest.update(folder.path.resolve().name.encode())
         for row in folder.rows:
+            # Older versions rejected rows of one modality: only with such rows did the same inputs give other shards.
+            state = "" if row.image and row.captions else "alone\0"
             try:
-                found = os.stat(folder.path / row.image)
-                state = f"{row.image}\0{found.st_size}\0{found.st_mtime_ns}\n"
+                found = os.stat(folder.path / row.image) if row.image else None
+                state += f"{row.image}\0{found.st_size}\0{found.st_mtime_ns}\n" if found else ""
             except (OSError, ValueError):
-                state = f"{row.image}\0none\n"
+                state += f"{row.image}\0none\n"
             digest.update(state.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
@@ -182,20 +196,32 @@ def _clear(out: Path) -> None:
 
 
 def _keyed(folders: Iterable[Folder], rejections: list[Rejection]) -> list[Keyed]:
-    """Every row with its key: source/path without suffix; with suffix where that is taken; rejected where both are."""
+    """Every row with its key: source/path without suffix; with suffix where that is taken; rejected where both are.
+
+    A text alone has its line in place of a path, and the folder's name too where that key is taken.
+    """
     taken: set[str] = set()
     keyed = []
     for folder in folders:
         for row in folder.rows:
-            path = posixpath.normpath(row.image)
-            inside = path if path.startswith(row.source + "/") else f"{row.source}/{path}"
-            key = next((key for key in (posixpath.splitext(inside)[0], inside) if key not in taken), None)
+            wanted = _keys(row)
+            key = next((key for key in wanted if key not in taken), None)
             if key is None:
-                rejections.append(_rejection(row, f"its key {inside} is taken by an earlier row"))
+                rejections.append(_rejection(row, f"its key {wanted[-1]} is taken by an earlier row"))
             else:
                 taken.add(key)
                 keyed.append(Keyed(key, row))
     return keyed
+
+
+def _keys(row: Row) -> tuple[str, str]:
+    """The key that a row would have, and the one that it has where that is taken."""
+    if not row.image:
+        line = f"{row.source}/line-{row.line}"
+        return line, f"{row.folder.resolve().name}/{line}"
+    path = posixpath.normpath(row.image)
+    inside = path if path.startswith(row.source + "/") else f"{row.source}/{path}"
+    return posixpath.splitext(inside)[0], inside
 
 
 def _rejection(row: Row, reason: str) -> Rejection:
@@ -210,9 +236,9 @@ def _shuffled(rows: Iterable[Keyed], seed: int) -> list[Keyed]:
 
 
 def _checked(
-    rows: Iterable[Keyed], caps: Caps, threads: int, rejections: list[Rejection], counts: Counter[str]
+    rows: Iterable[Keyed], caps: Caps, threads: int, rejections: list[Rejection], counts: Counts
 ) -> Iterator[dict[str, Any]]:
-    """The rows that can be packed, in order; fills `rejections` and `counts` (rows by source, conversions under "")."""
+    """The rows that can be packed, in order; fills `rejections` and `counts`."""
     with ThreadPoolExecutor(threads) as pool:
         for keyed, future in _ahead(pool, rows, caps, 4 * threads):
             try:
@@ -220,8 +246,10 @@ def _checked(
             except (ValueError, OSError) as reason:
                 rejections.append(_rejection(keyed.row, str(reason)))
                 continue
-            counts[keyed.row.source] += 1
-            counts[""] += picture.converted
+            counts.of_source[keyed.row.source] += 1
+            counts.converted += picture.converted
+            counts.without_caption += not keyed.row.captions
+            counts.without_picture += not keyed.row.image
             yield {
                 "key": keyed.key,
                 "image": picture.encoded,
@@ -246,16 +274,17 @@ def _ahead(
     yield from waiting
 
 
+_NO_PICTURE = Picture(b"", width=0, height=0, sha256="", converted=False)
+
+
 def _check_row(row: Row, caps: Caps) -> Picture:
-    if not row.captions:
-        raise ValueError("has no caption")
     if not all(row.captions):
         raise ValueError("has an empty caption")
     try:
         "".join((row.image, row.concept, row.source, *row.captions)).encode()
     except UnicodeEncodeError:
         raise ValueError("has text that is not Unicode (half of a surrogate pair)") from None
-    return read_picture(image_file(row), caps)
+    return read_picture(image_file(row), caps) if row.image else _NO_PICTURE
 
 
 def _write_shards(out: Path, rows: Iterator[dict[str, Any]], settings: PackSettings) -> Iterator[tuple[Path, int]]:
@@ -268,7 +297,9 @@ def _write_shards(out: Path, rows: Iterator[dict[str, Any]], settings: PackSetti
             row: dict[str, Any] | None = first
             while row is not None:
                 batch.append(row)
-                count, batch_bytes = count + 1, batch_bytes + len(row["image"])
+                # A text alone is all that its row holds; beside a picture, texts do not count.
+                size = len(row["image"]) or sum(len(caption.encode()) for caption in row["captions"])
+                count, batch_bytes = count + 1, batch_bytes + size
                 full = shard_bytes + batch_bytes >= settings.shard_bytes
                 if full or len(batch) == BATCH_ROWS or batch_bytes >= BATCH_BYTES:
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
@@ -318,4 +349,11 @@ def summary(packed: Packed, out: Path) -> list[str]:
     lines.append(
         f"  {packed.converted} pictures converted to RGB PNG, {packed.rejected} rows rejected (rejected.jsonl)"
     )
+    if count := manifest.without_caption:
+        lines.append(f"  {count} rows without a caption: pictures alone, for evaluation; {_TRAINING}")
+    if count := manifest.without_picture:
+        lines.append(f"  {count} rows without a picture: texts alone, for evaluation; {_TRAINING}")
     return lines
+
+
+_TRAINING = "training needs pairs"

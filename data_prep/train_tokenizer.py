@@ -48,6 +48,11 @@ def train_tokenizer(manifest_file: Path, *, vocab_size: int, overwrite: bool) ->
     if manifest_file.is_dir():
         manifest_file = manifest_file / "manifest.json"
     manifest = manifests.load_manifest(manifest_file)
+    if manifest.without_caption == manifest.rows:
+        raise UserError(
+            f"--data {manifest_file}: none of its {manifest.rows} rows has a caption: train the vocabulary from the "
+            "shards whose captions are trained on"
+        )
     folder = manifest_file.parent
     settings = _settings(manifest, vocab_size)
     if manifest.tokenizer and _is_whole(manifest.tokenizer, folder):

@@ -1,7 +1,13 @@
 """A folder source: pictures beside `captions.jsonl` or `captions.csv`.
 
 Each row has `image` (a path below the folder), `caption` (one) or `captions` (several; in CSV a JSON list), and may
-have `concept` and `source`. Rows of one image are joined. `sources.json` may name licences: a list of objects with
+have `concept` and `source`. Rows of one image are joined.
+
+A row without captions is a picture alone, as of a class folder: {"image": "a.png", "concept": "owl"}. A row without
+`image` is a text alone: {"caption": "an owl"}. Evaluation reads both, training needs pairs. `"captions": []` and
+`"image": null` say the same; a row that has other keys of its own has to say it so, for one of them might be a
+misspelled `caption`. In CSV, a file without the column, or an empty cell of `captions` or `image`.
+ `sources.json` may name licences: a list of objects with
 `name`, `license` and `attribution`.
 """
 
@@ -14,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from limoe_dist.config.errors import UserError
+from limoe_dist.config.errors import UserError, nearest
 
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
 SOURCES_FILE = "sources.json"
@@ -24,8 +30,9 @@ SOURCES_FILE = "sources.json"
 class Row:
     folder: Path
     image: str
-    """Path as the captions file has it; not yet checked."""
+    """Path as the captions file has it; not yet checked. Empty: the row is a text alone."""
     captions: tuple[str, ...]
+    """None of them: the row is a picture alone."""
     concept: str
     source: str
     line: int
@@ -42,7 +49,7 @@ class Folder:
     path: Path
     captions_file: Path
     rows: tuple[Row, ...]
-    """One for each image, in the order of the file."""
+    """One for each image, and for each text alone, in the order of the file."""
     licenses: dict[str, License]
     """By source."""
 
@@ -54,11 +61,13 @@ def read_folder(given: Path) -> Folder:
     """
     captions_file = _captions_file(given)
     path = captions_file.parent
-    joined: dict[str, Row] = {}
+    joined: dict[str | int, Row] = {}
     for row in _rows(captions_file, path):
-        if earlier := joined.get(row.image):
+        # Texts alone stay apart.
+        name = row.image or row.line
+        if earlier := joined.get(name):
             row = replace(earlier, captions=tuple(dict.fromkeys(earlier.captions + row.captions)))
-        joined[row.image] = row
+        joined[name] = row
     if not joined:
         raise UserError(f"{captions_file}: has no rows")
     return Folder(path, captions_file, tuple(joined.values()), _licenses(path / SOURCES_FILE))
@@ -108,9 +117,13 @@ def _csv_lines(captions_file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for values in reader:
                 if None in values or None in values.values():
                     raise UserError(f"{captions_file}, line {reader.line_num}: has not as many cells as the header")
-                if values.get("captions"):
-                    values["captions"] = _json_list(values["captions"], f"{captions_file}, line {reader.line_num}")
-                yield reader.line_num, {key: value for key, value in values.items() if value or key != "captions"}
+                row: dict[str, Any] = dict(values)
+                if "captions" in row:
+                    place = f"{captions_file}, line {reader.line_num}"
+                    row["captions"] = _json_list(row["captions"], place) if row["captions"] else []
+                if row.get("image") == "":
+                    row["image"] = None
+                yield reader.line_num, row
         except csv.Error as error:
             raise UserError(f"{captions_file}, line {reader.line_num}: is not CSV: {error}") from None
 
@@ -123,21 +136,41 @@ def _json_list(cell: str, place: str) -> Any:
 
 
 _EXAMPLE = '{"image": "a.png", "captions": ["a red apple"]}'
+_KEYS = ("image", "caption", "captions", "concept", "source")
 
 
 def _row(values: dict[str, Any], folder: Path, place: str, line: int) -> Row:
-    image = values.get("image")
-    if not isinstance(image, str) or not image:
-        raise UserError(f'{place}: "image" is missing or no text; a row is like {_EXAMPLE}')
-    if ("caption" in values) == ("captions" in values):
-        raise UserError(f'{place}: needs either "caption" or "captions"; a row is like {_EXAMPLE}')
-    captions = values["captions"] if "captions" in values else [values["caption"]]
+    _check_halves(values, place)
+    image = values.get("image") or ""
+    captions = [values["caption"]] if "caption" in values else values.get("captions", [])
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise UserError(f'{place}: "captions" must be a list of texts, "caption" one text')
     concept, source = values.get("concept") or "", values.get("source") or folder.resolve().name
     if not isinstance(concept, str) or not isinstance(source, str):
         raise UserError(f'{place}: "concept" and "source" must be texts')
     return Row(folder, image, tuple(" ".join(caption.split()) for caption in captions), concept, source, line)
+
+
+def _check_halves(values: dict[str, Any], place: str) -> None:
+    """Raises UserError for a row with neither picture nor text, and for one that may lack either by a typing error."""
+    image = values.get("image")
+    if image == "" or not isinstance(image, str | None):
+        raise UserError(f'{place}: "image" must be a path; a row is like {_EXAMPLE}')
+    if "caption" in values and "captions" in values:
+        raise UserError(f'{place}: needs either "caption" or "captions", not both; a row is like {_EXAMPLE}')
+    lacks_text = "caption" not in values and not values.get("captions")
+    if image is None and lacks_text:
+        raise UserError(f"{place}: has neither a picture nor a caption; a row is like {_EXAMPLE}")
+    unknown = [key for key in values if key not in _KEYS]
+    for lacks, half, explicit in (
+        ("image" not in values, '"image"', '"image": null'),
+        (lacks_text and "captions" not in values, '"caption" and "captions"', '"captions": []'),
+    ):
+        if lacks and unknown:
+            raise UserError(
+                f'{place}: has no {half}, but "{unknown[0]}"{nearest(unknown[0], _KEYS)}; a row is like {_EXAMPLE}, '
+                f"and one that lacks this half on purpose says {explicit} (in CSV: an empty cell)"
+            )
 
 
 def _licenses(file: Path) -> dict[str, License]:

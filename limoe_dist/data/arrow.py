@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.data.manifest import COLUMNS, load_manifest
+from limoe_dist.data.manifest import COLUMNS, Manifest, load_manifest
 
 _TYPES = {
     "key": (pa.string(),),
@@ -27,37 +27,65 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One pair. `image` is a view of the mapped file, (bytes,) uint8, read-only: the encoded picture."""
+    """One pair, or half of one. `image` is a view of the mapped file, uint8, read-only: the encoded picture."""
 
     number: int
     """Of the whole set, from 0."""
     key: str
     image: npt.NDArray[np.uint8]
+    """(bytes,), none where the row is a text alone."""
     captions: tuple[str, ...]
     """Without those that are empty or blank."""
     concept: str
     source: str
     width: int
     height: int
-    """Pixels, as they were when the row was packed."""
+    """Pixels, as they were when the row was packed; 0 without a picture."""
     shard: int
     index_in_shard: int
 
 
-class ShardSet:
-    """All rows of a manifest. Shards are opened at first use and stay mapped; for one thread at a time."""
+@dataclass(frozen=True)
+class Part:
+    """One manifest of a ShardSet."""
 
-    def __init__(self, manifest_path: Path | str) -> None:
+    path: Path
+    """Of manifest.json."""
+    manifest: Manifest
+    first_row: int
+    """Its row 0 is this row of the set."""
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+
+class ShardSet:
+    """All rows of a manifest, or of several, one behind the other. For one thread at a time.
+
+    Shards are opened at first use and stay mapped.
+    """
+
+    def __init__(self, manifest_path: Path | str, *more: Path | str) -> None:
         """Raises UserError as `load_manifest` does; checksums are compared by `verify_shards`."""
-        path = Path(manifest_path)
-        self.path = path / "manifest.json" if path.is_dir() else path
-        self.manifest = load_manifest(self.path)
-        self.folder = self.path.parent
-        self._first_rows = np.concatenate([[0], np.cumsum([shard.rows for shard in self.manifest.shards])])
+        parts: list[Part] = []
+        for given in (Path(manifest_path), *map(Path, more)):
+            path = given / "manifest.json" if given.is_dir() else given
+            end = parts[-1].first_row + parts[-1].manifest.rows if parts else 0
+            parts.append(Part(path, load_manifest(path), end))
+        self.parts = tuple(parts)
+        # Almost every set has one manifest; what is meant for it alone takes the first.
+        self.path, self.manifest, self.folder = parts[0].path, parts[0].manifest, parts[0].folder
+        self._entries = [(part.folder / shard.file, shard.rows) for part in parts for shard in part.manifest.shards]
+        self._first_rows = np.concatenate([[0], np.cumsum([rows for _, rows in self._entries])])
         self._shards: dict[int, _Shard] = {}
 
     def __len__(self) -> int:
-        return self.manifest.rows
+        return int(self._first_rows[-1])
+
+    def file_of(self, row: Row) -> Path:
+        """The shard that holds the row."""
+        return self._entries[row.shard][0]
 
     def row(self, number: int) -> Row:
         """Row `number`, 0 <= number < len(self). Raises IndexError outside, UserError for a damaged shard."""
@@ -69,7 +97,7 @@ class ShardSet:
 
     def open_all(self) -> None:
         """Opens every shard and compares its rows with the manifest's. Raises UserError as `row` would later."""
-        for number in range(len(self.manifest.shards)):
+        for number in range(len(self._entries)):
             self._shard(number)
 
     def next_in_shard(self, number: int, tries: int) -> Iterator[int]:
@@ -78,15 +106,15 @@ class ShardSet:
         Ends earlier where the shard has no other row. A function of the row alone: every layout takes the same one.
         """
         shard = int(np.searchsorted(self._first_rows, number, side="right")) - 1
-        first, rows = int(self._first_rows[shard]), self.manifest.shards[shard].rows
+        first, rows = int(self._first_rows[shard]), self._entries[shard][1]
         for distance in range(1, min(tries, rows - 1) + 1):
             yield first + (number - first + distance) % rows
 
     def _shard(self, number: int) -> _Shard:
         shard = self._shards.get(number)
         if shard is None:
-            entry = self.manifest.shards[number]
-            shard = self._shards[number] = _Shard(self.folder / entry.file, rows=entry.rows)
+            path, rows = self._entries[number]
+            shard = self._shards[number] = _Shard(path, rows=rows)
         return shard
 
 

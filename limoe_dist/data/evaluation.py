@@ -1,4 +1,4 @@
-"""Every row once, un-augmented, over any number of ranks: for zero-shot, retrieval and nearest neighbours in pixels."""
+"""Every row once, un-augmented, over any number of ranks: for everything that `limoe eval` measures."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from limoe_dist.data.transfer import copies_finished, on_device, use_on_current_
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """b rows of one rank, on the device. Rows past the last one are repeats of row 0, and are not real."""
+    """b rows of one rank, on the device. Rows past the last one are repeats of the first, and are not real."""
 
     rows: npt.NDArray[np.int64]
-    """(b,)"""
+    """(b,) their numbers in the manifest."""
+    places: npt.NDArray[np.int64]
+    """(b,) their places among the rows that were asked for: all rows, or `numbers`."""
     real: Tensor
     """(b,) bool: False for a repeat and for a bad row; over all ranks and batches, each good row is real once."""
     images: Tensor
@@ -52,21 +54,24 @@ def evaluation_batches(
     rank: int,
     world: int,
     device: torch.device,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[EvalBatch]:
     """Every row exactly once over all ranks; every rank makes as many batches, each of `batch_pairs` rows.
 
     With a tokenizer, a row without a caption is bad, as in training; without one, only its picture counts.
+    numbers: the rows that are asked for, in this order; None: all of them.
     """
+    asked = np.arange(len(shards)) if numbers is None else np.array(numbers, dtype=np.int64)
     decoder = Decoder(run.image, mode="evaluation", batch_size=batch_pairs, threads=run.data.threads, device=device)
     reader = PictureReader(decoder, refusal if tokenizer else picture_refusal)
-    for first in range(rank * batch_pairs, _rounded_up(len(shards), world * batch_pairs), world * batch_pairs):
-        numbers = np.arange(first, first + batch_pairs, dtype=np.int64)
-        inside = numbers < len(shards)
-        numbers[~inside] = 0
-        rows = [shards.row(int(number)) for number in numbers]
+    for first in range(rank * batch_pairs, _rounded_up(len(asked), world * batch_pairs), world * batch_pairs):
+        places = np.arange(first, first + batch_pairs, dtype=np.int64)
+        inside = places < len(asked)
+        places[~inside] = 0
+        rows = [shards.row(int(number)) for number in asked[places]]
         with copies_finished(device):
             pictures = reader.read(rows, identity_params(batch_pairs))
-            batch = _batch(rows, inside, pictures, tokenizer, device)
+            batch = _batch(rows, places, inside, pictures, tokenizer, device)
         use_on_current_stream(batch.images)
         yield batch
 
@@ -85,6 +90,7 @@ def decode_rows(run: Run, shards: ShardSet, numbers: Sequence[int], *, device: t
 
 def _batch(
     rows: Sequence[Row],
+    places: npt.NDArray[np.int64],
     inside: npt.NDArray[np.bool_],
     pictures: Pictures,
     tokenizer: Tokenizer | None,
@@ -94,6 +100,7 @@ def _batch(
     tokens = tokenizer([row.captions[0] if row.captions else "" for row in rows]) if tokenizer else None
     return EvalBatch(
         rows=np.array([row.number for row in rows], dtype=np.int64),
+        places=places,
         real=on_device(good & inside, device),
         images=pictures.images,
         keys=tuple(row.key for row in rows),

@@ -12,11 +12,14 @@ MAX_ENCODED_BYTES = 64 << 20
 MAX_PIXELS = 32 << 20
 """100 MB as decoded RGB; about 5800 x 5800."""
 
+NO_CAPTION = "no caption, or only blank ones"
+NO_PICTURE = "no picture"
+
 
 def refusal(row: Row) -> str | None:
-    """Why this row is not worth a try, or None. Looks at its columns and at the picture's header, decodes nothing."""
+    """Why this row cannot be trained on, or None. Looks at its columns and at the picture's header, decodes nothing."""
     if not row.captions:
-        return "no caption, or only blank ones"
+        return NO_CAPTION
     return picture_refusal(row)
 
 
@@ -56,4 +59,4 @@ def _check_format(image: npt.NDArray[np.uint8]) -> None:
     head = image[:12].tobytes()
     if head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (head[:4] == b"RIFF" and head[8:] == b"WEBP"):
         return
-    raise ValueError("neither PNG nor JPEG nor WebP" if len(image) else "no picture")
+    raise ValueError("neither PNG nor JPEG nor WebP" if len(image) else NO_PICTURE)

@@ -18,7 +18,8 @@ from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.augment import augment_params, caption_index
 from limoe_dist.data.dali import Decoder
 from limoe_dist.data.header import refusal
-from limoe_dist.data.order import Ranges, rank_positions, row_at
+from limoe_dist.data.mixture import Mixture, entries_of
+from limoe_dist.data.order import Ranges, rank_positions
 from limoe_dist.data.pictures import PictureReader
 from limoe_dist.data.stand_ins import BadCount, BadRow, fill
 from limoe_dist.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ class Batch:
     first_position: int
     """The first of the b positions that were consumed: neighbours, but where a quarantined range is between them."""
     rows: npt.NDArray[np.int64]
-    """(b,) the rows that were used: a stand-in where the position's own row is bad."""
+    """(b,) the rows that were used, by their number in the whole ShardSet: a stand-in where the own row is bad."""
     images: Tensor
     """(b, 3, size, size) float32, normalised."""
     tokens: Tensor
@@ -51,8 +52,8 @@ class Loader:
     """One Batch a step, from `first_step` to train.steps - 1. Iterate once, and close (or use `with`):
     a thread works ahead.
 
-    A step's batch is a function of (train.seed, step), of the quarantined positions and of the shards alone, never of
-    what was read before; a rank gets its contiguous slice of it.
+    A step's batch is a function of (train.seed, step), of the quarantined positions, of the shards and of the weights
+    of data.mixture alone, never of what was read before; a rank gets its contiguous slice of it.
     """
 
     def __init__(
@@ -67,13 +68,18 @@ class Loader:
         device: torch.device,
         quarantined: Ranges = (),
     ) -> None:
-        """Starts the thread. Raises ValueError where world does not divide train.batch_pairs."""
+        """Starts the thread. Raises ValueError where world does not divide train.batch_pairs.
+
+        shards: of data.mixture, the parts in its order; else one.
+        """
         self.run, self.shards, self.tokenizer, self.device = run, shards, tokenizer, device
         self.rank, self.world, self.quarantined = rank, world, quarantined
+        self._mixture = Mixture([entry.weight for entry in entries_of(run.data)])
+        self._first_rows = np.array([part.first_row for part in shards.parts], dtype=np.int64)
         pairs = len(self._positions(first_step))
         decoder = Decoder(run.image, mode="train", batch_size=pairs, threads=run.data.threads, device=device)
         self._reader = PictureReader(decoder, refusal)
-        self._count = BadCount(run.data.max_bad_frac, str(shards.path))
+        self._count = BadCount(run.data.max_bad_frac, " and ".join(str(part.path) for part in shards.parts))
         self._closed = threading.Event()
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=run.data.prefetch)
         self._thread = threading.Thread(target=self._work, args=(first_step,), name="limoe-loader", daemon=True)
@@ -140,7 +146,8 @@ class Loader:
 
     def _prepare(self, step: int) -> Batch:
         seed, positions = self.run.train.seed, self._positions(step)
-        _, numbers = row_at(positions, rows=len(self.shards), seed=seed)
+        drawn = self._mixture.at(positions, rows=[part.manifest.rows for part in self.shards.parts], seed=seed)
+        numbers = self._first_rows[drawn.sources] + drawn.rows
         params = augment_params(positions, self.run.image, seed=seed)
         with copies_finished(self.device):
             filled = fill(self.shards, self._reader, positions.tolist(), numbers.tolist(), params)

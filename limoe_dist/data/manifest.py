@@ -64,6 +64,17 @@ class Manifest(_Part):
     sources: tuple[Source, ...] = ()
     tokenizer: Tokenizer | None = None
     """The vocabulary that `limoe prep tokenizer` trained from these captions."""
+    without_caption: int | None = Field(default=None, ge=0)
+    """Rows that are a picture alone; None: packed before this was counted."""
+    without_picture: int | None = Field(default=None, ge=0)
+    """Rows that are text alone; None: packed before this was counted."""
+
+    @property
+    def pairs(self) -> int | None:
+        """Rows with a picture and a caption, which training needs; None where the manifest does not tell."""
+        if self.without_caption is None or self.without_picture is None:
+            return None
+        return self.rows - self.without_caption - self.without_picture
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -84,6 +95,11 @@ def load_manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: shard {twice[0]} is listed twice, so its rows would be read twice: pack again")
     if sum(shard.rows for shard in manifest.shards) != manifest.rows:
         raise UserError(f"{path}: rows={manifest.rows}, but its shards hold {sum(s.rows for s in manifest.shards)}")
+    if (manifest.pairs or 0) < 0:
+        raise UserError(
+            f"{path}: without_caption={manifest.without_caption} and without_picture={manifest.without_picture} are "
+            f"together more than rows={manifest.rows}: pack again"
+        )
     for shard in manifest.shards:
         file = path.parent / shard.file
         if not file.is_file():

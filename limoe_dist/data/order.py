@@ -20,11 +20,12 @@ Words = npt.NDArray[np.uint64]
 _ROUNDS = 8
 
 
-def row_at(positions: Ints, *, rows: int, seed: int) -> tuple[Ints, Ints]:
+def row_at(positions: Ints, *, rows: int, seed: int, source: int = 0) -> tuple[Ints, Ints]:
     """Epoch and row of each position: (epochs, rows), each (n,) int64.
 
-    positions: (n,) int64, >= 0. rows: of the source, 1 to 2**62. seed: >= 0.
-    Within one epoch the rows are a permutation of 0..rows-1, keyed by (seed, epoch).
+    positions: (n,) int64, >= 0; in a mixture, samples of the source. rows: of the source, 1 to 2**62. seed: >= 0.
+    source: its number in a mixture. Within one epoch the rows are a permutation of 0..rows-1, keyed by
+    (seed, source, epoch); source 0 is read as it is without a mixture.
     Raises ValueError for a negative position or seed, and for rows outside 1 to 2**62.
     """
     positions = np.asarray(positions, dtype=np.int64)
@@ -33,7 +34,7 @@ def row_at(positions: Ints, *, rows: int, seed: int) -> tuple[Ints, Ints]:
     if rows < 1:
         raise ValueError(f"rows={rows}: a source has at least one")
     epochs = positions // rows
-    return epochs, permuted(positions - epochs * rows, size=rows, keys=epoch_keys(seed, epochs))
+    return epochs, permuted(positions - epochs * rows, size=rows, keys=epoch_keys(seed, epochs, source=source))
 
 
 Ranges = Sequence[tuple[int, int]]
@@ -85,11 +86,13 @@ def permuted(index: Ints, *, size: int, keys: Words) -> Ints:
     return word.astype(np.int64)
 
 
-def epoch_keys(seed: int, epochs: Ints) -> Words:
-    """One key word for each (seed, epoch). Raises ValueError for a seed outside 0 to 2**64 - 1."""
+def epoch_keys(seed: int, epochs: Ints, *, source: int = 0) -> Words:
+    """One key word for each (seed, source, epoch). Raises ValueError for a seed outside 0 to 2**64 - 1."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed={seed}: must be in 0 to 2**64 - 1")
     seed_word = mixed(np.full(1, seed, dtype=np.uint64))
+    if source:
+        seed_word = mixed(mixed(seed_word) ^ np.uint64(source))
     return mixed(seed_word ^ mixed(epochs.astype(np.uint64) + np.uint64(1)))
 
 

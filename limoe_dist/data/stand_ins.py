@@ -11,12 +11,12 @@ from torch import Tensor
 from limoe_dist.config.errors import UserError
 from limoe_dist.data.arrow import Row, ShardSet
 from limoe_dist.data.augment import AugmentParams
+from limoe_dist.data.header import NO_CAPTION, NO_PICTURE
+from limoe_dist.data.mixture import MIN_BAD_ROWS
 from limoe_dist.data.pictures import PictureReader
 
 MAX_TRIES = 16
 """Rows of the same shard that are tried in place of one that is bad."""
-MIN_BAD_ROWS = 16
-"""Fewer bad rows than this never stop a run, whatever their share."""
 _NAMED = 5
 
 
@@ -67,12 +67,19 @@ def fill(
 
 def _exhausted(shards: ShardSet, number: int, met: Sequence[BadRow]) -> str:
     row = shards.row(number)
-    file = shards.folder / shards.manifest.shards[row.shard].file
+    file = shards.file_of(row)
     return (
         f'{file}: row {row.index_in_shard} (key "{row.key}": {met[0].reason}) is bad, and so are the '
         f"{len(met) - 1} rows after it that could stand in "
-        f"(the last: {met[-1].reason}): pack the shard again from whole pictures"
+        f"(the last: {met[-1].reason}): {_remedy(met, 'pack the shard again from whole pictures')}"
     )
+
+
+def _remedy(met: Sequence[BadRow], otherwise: str) -> str:
+    """What to do about bad rows: whole rows of one modality are no damage, but nothing to train on either."""
+    if all(bad.reason in (NO_CAPTION, NO_PICTURE) for bad in met):
+        return "training needs pairs, rows with a picture and a caption: pack those alone"
+    return otherwise
 
 
 class BadCount:
@@ -93,6 +100,6 @@ class BadCount:
             named = "; ".join(f'"{bad.key}": {bad.reason}' for bad in self._first)
             raise UserError(
                 f"{self._place}: {self.bad} of the {self.seen} rows read so far are bad, more than "
-                f"data.max_bad_frac={self._limit_frac:g} (the first: {named}): pack again from whole pictures, "
-                "or raise data.max_bad_frac"
+                f"data.max_bad_frac={self._limit_frac:g} (the first: {named}): "
+                f"{_remedy(self._first, 'pack again from whole pictures')}, or raise data.max_bad_frac"
             )

@@ -27,6 +27,7 @@ from typing import IO
 from limoe_dist.config.errors import UserError, warn
 from limoe_dist.config.parse import changed_settings, decisive, load_run, save_run, write_atomically
 from limoe_dist.config.schema import Run
+from limoe_dist.data.mixture import with_home
 
 ENDED = "ended.json"
 LOOKS = 4
@@ -58,7 +59,8 @@ def begin(out: Path, run: Run, tokenizer: Path) -> Claim:
         temporary = kept.with_suffix(".tmp")
         shutil.copyfile(tokenizer, temporary)
         temporary.replace(kept)
-    save_run(run.model_copy(update={"data": run.data.model_copy(update={"tokenizer": str(kept)})}), out / "run.json")
+    data = with_home(run.data).model_copy(update={"tokenizer": str(kept)})
+    save_run(run.model_copy(update={"data": data}), out / "run.json")
     (out / ENDED).unlink(missing_ok=True)
     return claim
 

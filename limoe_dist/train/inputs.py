@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.manifest import sha256_of, verify_shards
+from limoe_dist.data.mixture import check_pairs, data_hash, described, entries_of, manifest_file, with_home
 from limoe_dist.data.tokenizer import Tokenizer, normalised, open_tokenizer
 from limoe_dist.eval.classes import ClassNames, classes_of_run, concepts_of
 from limoe_dist.parallel.collectives import all_or_none
@@ -19,13 +19,16 @@ from limoe_dist.parallel.mesh import Mesh
 @dataclass(frozen=True)
 class Inputs:
     train: ShardSet
+    """Of data.mixture all sources, in its order."""
     validation: ShardSet | None
     classes: list[ClassNames] | None
     """What zero-shot on the validation rows chooses between; None where none of them has a concept."""
     tokenizer: Tokenizer
     data_hash: str
-    """Of the training shards' checksums: a resumed run must read the same rows."""
+    """Of the training shards' checksums, and of a mixture's weights: a resumed run must read the same rows."""
     tokenizer_hash: str
+    told: tuple[str, ...] = ()
+    """Lines about a mixture, for whoever starts the run."""
 
 
 def open_inputs(run: Run, mesh: Mesh, device: torch.device) -> Inputs:
@@ -38,21 +41,26 @@ def open_inputs(run: Run, mesh: Mesh, device: torch.device) -> Inputs:
 
 
 def _open(run: Run, mesh: Mesh) -> Inputs:
-    train = ShardSet(run.data.manifest)
+    train = ShardSet(*(entry.path for entry in entries_of(run.data)))
+    manifests = [part.manifest for part in train.parts]
+    check_pairs(run.data, manifests)
     validation = ShardSet(run.data.validation) if run.data.validation else None
     for shards in (train, validation):
         if shards is not None:
-            verify_shards(shards.manifest, shards.folder, rank=mesh.rank, world=mesh.world.size)
+            for part in shards.parts:
+                verify_shards(part.manifest, part.folder, rank=mesh.rank, world=mesh.world.size)
             shards.open_all()
-    tokenizer = open_tokenizer(run, train.manifest, train.path.parent)
-    checksums = "".join(shard.sha256 for shard in train.manifest.shards)
+    named = manifest_file(with_home(run.data).manifest)
+    home = next(part for part in train.parts if manifest_file(part.path) == named)
+    tokenizer = open_tokenizer(run, home.manifest, home.folder)
     return Inputs(
         train=train,
         validation=validation,
         classes=None if validation is None else _classes(run, train, validation),
         tokenizer=tokenizer,
-        data_hash=hashlib.sha256(checksums.encode()).hexdigest(),
+        data_hash=data_hash(run.data, manifests),
         tokenizer_hash=sha256_of(tokenizer.path),
+        told=tuple(described(run.data, manifests, samples=run.train.steps * run.train.batch_pairs)),
     )
 
 

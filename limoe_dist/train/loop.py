@@ -63,6 +63,8 @@ def train(
         display = Display(steps=run.train.steps, first_step=first_step, shows=mesh.rank == 0)
         if resume:
             display.say(f"going on from step {first_step}" if first_step else "no checkpoint yet: beginning at step 0")
+        for line in inputs.told:
+            display.say(line)
         if taken is not None:
             display.say(taken.text(inputs.tokenizer_hash))
         restart.open_saver(claim, stop, display.say)

@@ -154,8 +154,9 @@ class Restart:
     def _differences(self, reader: Reader) -> list[str]:
         state, checkpoint = reader.state, reader.checkpoint
         problems = changed_settings(state.settings, self.run, checkpoint)
+        shards = "training shards, or weights of data.mixture," if self.run.data.mixture else "training shards"
         for name, before, now in (
-            ("training shards", state.data, self.inputs.data_hash),
+            (shards, state.data, self.inputs.data_hash),
             ("vocabulary", state.tokenizer, self.inputs.tokenizer_hash),
         ):
             if before != now:

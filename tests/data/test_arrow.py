@@ -128,3 +128,27 @@ def test_offsets_that_point_outside_the_file_are_refused(tmp_path: Path) -> None
     file.write_bytes(content.replace(honest.tobytes(), hostile.tobytes()))
     with pytest.raises(UserError, match=r"shard-00000\.arrow: record batch 0 is damaged .* pack again"):
         ShardSet(path).row(5)
+
+
+def test_two_manifests_are_one_set_with_the_rows_of_the_second_behind_the_first(tmp_path: Path) -> None:
+    paths = [write_shards(tmp_path / "a", rows=10, shards=2), write_shards(tmp_path / "b", rows=7, shards=1)]
+    both, second = ShardSet(*paths), ShardSet(paths[1])
+    assert len(both) == 17
+    assert [(part.path, part.first_row, part.folder) for part in both.parts] == [
+        (paths[0], 0, tmp_path / "a"),
+        (paths[1], 10, tmp_path / "b"),
+    ]
+    both.open_all()
+    row, same = both.row(12), second.row(2)
+    assert (row.number, row.key, row.index_in_shard, row.shard) == (12, same.key, same.index_in_shard, 2)
+    assert (row.image == same.image).all()
+    assert both.file_of(row) == tmp_path / "b" / "shard-00000.arrow"
+    # A stand-in comes from the same shard, and so from the same source.
+    assert list(both.next_in_shard(15, 3)) == [16, 10, 11]
+    with pytest.raises(IndexError):
+        both.row(17)
+
+
+def test_a_row_may_lack_its_picture(tmp_path: Path) -> None:
+    row = ShardSet(write_shards(tmp_path, rows=3, shards=1, pictures={1: b""})).row(1)
+    assert (row.image.shape, row.image.dtype) == ((0,), np.uint8)

@@ -89,6 +89,20 @@ def test_without_a_tokenizer_only_the_picture_counts(tmp_path: Path) -> None:
     assert batch.captions[1] == ()
 
 
+def test_some_rows_are_each_real_once_in_the_order_that_was_asked_for(tmp_path: Path) -> None:
+    shards = ShardSet(write_shards(tmp_path, rows=9, shards=2))
+    asked = [7, 2, 5, 0, 8]
+    ranks = [
+        list(evaluation_batches(RUN, shards, None, batch_pairs=2, rank=rank, world=2, device=CPU, numbers=asked))
+        for rank in range(2)
+    ]
+    # Places 0 1 | 2 3 | 4, and padding with the first one asked for.
+    assert [[batch.rows.tolist() for batch in batches] for batches in ranks] == [[[7, 2], [8, 7]], [[5, 0], [7, 7]]]
+    assert [[batch.places.tolist() for batch in batches] for batches in ranks] == [[[0, 1], [4, 0]], [[2, 3], [0, 0]]]
+    assert [batch.real.tolist() for batch in ranks[0]] == [[True, True], [True, False]]
+    assert [batch.real.tolist() for batch in ranks[1]] == [[True, True], [False, False]]
+
+
 def test_rows_can_be_asked_for_in_any_order(tmp_path: Path) -> None:
     shards = ShardSet(write_shards(tmp_path, rows=5, shards=1, pictures={3: b""}))
     pictures = decode_rows(RUN, shards, [4, 3, 0, 4], device=CPU)

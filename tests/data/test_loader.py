@@ -13,9 +13,10 @@ from limoe_dist.config.schema import Data, Image, Run, Text, Train
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.augment import augment_params, caption_index
 from limoe_dist.data.loader import Batch, Loader
+from limoe_dist.data.mixture import entries_of
 from limoe_dist.data.order import row_at
 from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
-from tests.support.shards import damaged, truncated, write_shards
+from tests.support.shards import damaged, picture, truncated, write_shards
 
 CPU = torch.device("cpu")
 AUGMENTED = Image(
@@ -23,7 +24,7 @@ AUGMENTED = Image(
 )
 
 
-def a_run(*, batch_pairs: int = 12, steps: int = 4, seed: int = 5, **data: float) -> Run:
+def a_run(*, batch_pairs: int = 12, steps: int = 4, seed: int = 5, **data: object) -> Run:
     return Run(
         image=AUGMENTED,
         text=Text(length=8, vocab_size=100),
@@ -257,3 +258,97 @@ def test_what_the_thread_raises_is_raised_where_the_batch_is_awaited(
 def test_ranks_that_do_not_divide_the_batch_are_refused(clean: Path) -> None:
     with pytest.raises(ValueError, match="batch_pairs=12 must be a multiple of the number of ranks, 5"):
         a_loader(a_run(), clean, world=5)
+
+
+def mixture_of(folder: Path, *weights: int, rows: tuple[int, ...] = (40, 10), **bad: Mapping[int, bytes]) -> list[str]:
+    """Entries of shard sets a, b, ... with other pictures each; bad: by the name of the set."""
+    entries = []
+    for n, (weight, count) in enumerate(zip(weights, rows, strict=True)):
+        name = "abc"[n]
+        pictures = {i: picture(1000 * n + i) for i in range(count)} | dict(bad.get(name, {}))
+        entries.append(f"{write_shards(folder / name, rows=count, shards=2, pictures=pictures)}={weight}")
+    return entries
+
+
+def mixed_batches(run: Run, *, rank: int = 0, world: int = 1, first_step: int = 0) -> list[Batch]:
+    shards = ShardSet(*(entry.path for entry in entries_of(run.data)))
+    tokenizer = tokenizer_of(run, shards)
+    with Loader(run, shards, tokenizer, rank=rank, world=world, first_step=first_step, device=CPU) as loader:
+        return list(loader)
+
+
+def test_a_batch_of_a_mixture_holds_exact_shares_of_both_sources(tmp_path: Path) -> None:
+    run = a_run(batch_pairs=12, steps=5, mixture=mixture_of(tmp_path, 3, 1))
+    read = [batch.rows for batch in mixed_batches(run)]
+    for rows in read:
+        # Rows 0 to 39 are the first source's, 40 to 49 the second's.
+        assert ((rows < 40).sum(), (rows >= 40).sum()) == (9, 3)
+    rows = np.concatenate(read)
+    # 45 samples of 40 rows, 15 of 10: each source has read each of its rows once before it read one twice.
+    assert sorted(rows[rows < 40][:40]) == list(range(40))
+    assert sorted(rows[rows >= 40][:10]) == list(range(40, 50))
+
+
+def test_the_pictures_of_a_mixture_are_those_of_its_sources(tmp_path: Path) -> None:
+    entries = mixture_of(tmp_path, 3, 1)
+    plain = {"image": Image(size=16, patch=8)}
+    (mixed,) = mixed_batches(a_run(batch_pairs=24, steps=1, mixture=entries).model_copy(update=plain))
+    for name, first, count in (("a", 0, 40), ("b", 40, 10)):
+        run = a_run(batch_pairs=count, steps=1).model_copy(update=plain)
+        (alone,) = batches(run, tmp_path / name / "manifest.json")
+        by_row = {first + int(row): image for row, image in zip(alone.rows, alone.images, strict=True)}
+        here = [i for i, row in enumerate(mixed.rows) if first <= row < first + count]
+        assert here
+        for i in here:
+            assert torch.equal(mixed.images[i], by_row[int(mixed.rows[i])])
+
+
+def test_a_mixture_is_the_same_whatever_ranks_batch_size_and_start(tmp_path: Path) -> None:
+    entries = mixture_of(tmp_path, 5, 2)
+    whole = mixed_batches(a_run(batch_pairs=12, steps=4, mixture=entries))
+    rows = np.concatenate([batch.rows for batch in whole])
+    images = torch.cat([batch.images for batch in whole])
+    for world, batch_pairs, steps in ((3, 12, 4), (2, 24, 2), (4, 16, 3)):
+        run = a_run(batch_pairs=batch_pairs, steps=steps, mixture=entries)
+        ranks = [mixed_batches(run, rank=rank, world=world) for rank in range(world)]
+        parts = [ranks[rank][step] for step in range(steps) for rank in range(world)]
+        assert np.concatenate([part.rows for part in parts]).tolist() == rows.tolist()
+        assert torch.equal(torch.cat([part.images for part in parts]), images)
+    resumed = mixed_batches(a_run(batch_pairs=12, steps=4, mixture=entries), first_step=2)
+    assert np.concatenate([batch.rows for batch in resumed]).tolist() == rows[24:].tolist()
+
+
+def test_a_stand_in_is_of_the_same_source_and_equal_numbers_are_not_mixed_up(tmp_path: Path) -> None:
+    # Row 3 of the second source, number 43, is bad; row 3 of the first is good.
+    entries = mixture_of(tmp_path, 1, 1, rows=(40, 10), b={3: b""})
+    batch = mixed_batches(a_run(batch_pairs=80, steps=1, mixture=entries))[0]
+    # 40 samples of the second source are 4 epochs of its 10 rows; 43 -> 44.
+    assert [int((batch.rows == row).sum()) for row in (3, 43, 44)] == [1, 0, 8]
+    assert {(bad.key, bad.reason) for bad in batch.replaced} == {("row-3", "no picture")}
+    assert len(batch.replaced) == 4
+
+
+def test_rows_of_one_modality_are_replaced_and_too_many_are_told_as_that(tmp_path: Path) -> None:
+    path = write_shards(
+        tmp_path / "a", rows=64, shards=1, captions={i: [] for i in range(0, 32, 2)}, pictures={33: b""}
+    )
+    (batch,) = batches(a_run(batch_pairs=64, steps=1, max_bad_frac=0.5), path)
+    assert (len(set(batch.rows.tolist())), batch.bad) == (47, 17)
+    with pytest.raises(UserError, match=r"training needs pairs, rows with a picture and a caption: pack those alone"):
+        batches(a_run(batch_pairs=64, steps=1, max_bad_frac=0.1), path)
+    texts = write_shards(tmp_path / "b", rows=20, shards=1, pictures=dict.fromkeys(range(20), b""))
+    with pytest.raises(UserError, match=r"the last: no picture\): training needs pairs"):
+        batches(a_run(batch_pairs=4, steps=1), texts)
+
+
+def test_quarantined_positions_are_jumped_over_in_a_mixture_and_nothing_moves(tmp_path: Path) -> None:
+    run = a_run(batch_pairs=12, steps=4, mixture=mixture_of(tmp_path, 3, 1))
+    whole = np.concatenate([batch.rows for batch in mixed_batches(run)])
+    shards = ShardSet(*(entry.path for entry in entries_of(run.data)))
+    ranges = ((5, 9), (20, 21))
+    loader = Loader(
+        run, shards, tokenizer_of(run, shards), rank=0, world=1, first_step=0, device=CPU, quarantined=ranges
+    )
+    with loader:
+        rows = np.concatenate([batch.rows for batch in loader])
+    assert rows[:43].tolist() == np.delete(whole, [5, 6, 7, 8, 20]).tolist()

@@ -100,9 +100,20 @@ def test_what_cannot_be_ordered_is_refused() -> None:
         rank_positions(0, batch_pairs=10, rank=0, world=4)
 
 
-def test_order_and_manifest_need_neither_torch_nor_dali() -> None:
+def test_order_mixture_and_manifest_need_neither_torch_nor_dali() -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['nvidia'] = None; "
-        "import limoe_dist.data.order, limoe_dist.data.manifest"
+        "import limoe_dist.data.order, limoe_dist.data.manifest, limoe_dist.data.mixture"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_each_source_of_a_mixture_has_an_order_of_its_own() -> None:
+    orders = [row_at(np.arange(500), rows=500, seed=3, source=source)[1].tolist() for source in range(3)]
+    assert orders[0] == epoch_rows(500, seed=3)
+    # Neither is another source's order of another seed or epoch, as where the keys were sums.
+    orders += [epoch_rows(500, seed=seed) for seed in (2, 4, 5)] + [epoch_rows(500, seed=3, epoch=n) for n in (1, 2)]
+    for i, first in enumerate(orders):
+        assert sorted(first) == list(range(500))
+        for second in orders[:i]:
+            assert sum(a == b for a, b in zip(first, second, strict=True)) < 9

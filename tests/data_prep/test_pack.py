@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from data_prep.pack import PackSettings, pack
+from data_prep.pack import PackSettings, pack, summary
 from data_prep.pictures import Caps
 from limoe_dist.config.errors import UserError
 from limoe_dist.data import manifest as manifests
@@ -76,15 +76,12 @@ def test_bad_rows_are_named_with_their_reason_and_do_not_stop_the_run(tmp_path):
         "good.png": whole,
         "cut.png": whole[: len(whole) // 2],
         "text.png": b"hello",
-        "silent.png": whole,
         "blank.png": whole,
         "half.png": whole,
         "bomb.png": encoded(Image.new("1", (2000, 1000))),
     }
-    rows = [
-        {"image": name, "caption": "fine"} for name in pictures if name not in ("silent.png", "blank.png", "half.png")
-    ]
-    rows += [{"image": "silent.png", "captions": []}, {"image": "blank.png", "captions": ["fine", " \t"]}]
+    rows = [{"image": name, "caption": "fine"} for name in pictures if name not in ("blank.png", "half.png")]
+    rows += [{"caption": "half a pair \ud800"}, {"image": "blank.png", "captions": ["fine", " \t"]}]
     rows += [{"image": "half.png", "caption": "half a pair \ud800"}, {"image": "absent.png", "caption": "fine"}]
     rows += [{"image": "../outside.png", "caption": "fine"}, {"image": "/", "caption": "fine"}]
     packed = run([folder_source(tmp_path / "src", rows, pictures)], tmp_path / "out")
@@ -93,13 +90,71 @@ def test_bad_rows_are_named_with_their_reason_and_do_not_stop_the_run(tmp_path):
     assert packed.rejected == len(reasons) == 9
     assert reasons["cut.png"].startswith("cannot be decoded")
     assert reasons["text.png"].startswith("is no picture")
-    assert reasons["silent.png"] == "has no caption"
+    assert "surrogate" in reasons[""]
     assert reasons["blank.png"] == "has an empty caption"
     assert "surrogate" in reasons["half.png"]
     assert "pixels" in reasons["bomb.png"]
     assert reasons["absent.png"] == "there is no such file"
     assert "leaves the source folder" in reasons["../outside.png"]
     assert "leaves the source folder" in reasons["/"]
+
+
+def test_pictures_alone_and_texts_alone_are_packed_counted_and_told(tmp_path):
+    rows = [{"image": "x.png", "concept": "owl"}, {"caption": "a text"}, {"caption": "a text"}]
+    rows += [{"image": "y.png", "caption": "a pair"}]
+    pictures = {"x.png": encoded(noisy(1)), "y.png": encoded(noisy(2))}
+    packed = run([folder_source(tmp_path / "src", rows, pictures)], tmp_path / "out")
+    found = {row["key"]: row for row in rows_of(tmp_path / "out")}
+    assert sorted(found) == ["src/line-2", "src/line-3", "src/x", "src/y"]
+    assert (found["src/x"]["captions"], found["src/x"]["concept"]) == ([], "owl")
+    text = found["src/line-2"]
+    assert (text["image"], text["captions"], text["width"], text["height"], text["sha256"]) == (
+        b"",
+        ["a text"],
+        0,
+        0,
+        "",
+    )
+    manifest = manifests.load_manifest(tmp_path / "out")
+    assert (manifest.rows, manifest.without_caption, manifest.without_picture, manifest.pairs) == (4, 1, 2, 1)
+    told = summary(packed, tmp_path / "out")
+    assert "  1 rows without a caption: pictures alone, for evaluation; training needs pairs" in told
+    assert "  2 rows without a picture: texts alone, for evaluation; training needs pairs" in told
+    assert run([tmp_path / "src"], tmp_path / "out").skipped
+
+
+def test_pairs_alone_are_told_as_before(tmp_path):
+    packed = run([simple_source(tmp_path / "src")], tmp_path / "out")
+    assert packed.manifest.pairs == 6
+    assert not [line for line in summary(packed, tmp_path / "out") if "training needs pairs" in line]
+
+
+def test_a_manifest_from_before_rows_were_counted_tells_nothing(tmp_path):
+    run([simple_source(tmp_path / "src")], tmp_path / "out")
+    file = tmp_path / "out/manifest.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in content.items() if not key.startswith("without")}))
+    assert manifests.load_manifest(file).pairs is None
+    file.write_text(json.dumps(content | {"without_caption": 5, "without_picture": 2}))
+    with pytest.raises(UserError, match=r"without_caption=5 and without_picture=2 are together more than rows=6"):
+        manifests.load_manifest(file)
+
+
+def test_a_shard_of_texts_alone_closes_by_their_bytes(tmp_path):
+    source = folder_source(tmp_path / "src", [{"caption": "x" * 10} for _ in range(5)], {})
+    manifest = run([source], tmp_path / "out", settings=replace(SETTINGS, shard_bytes=15)).manifest
+    assert [shard.rows for shard in manifest.shards] == [2, 2, 1]
+
+
+def test_texts_of_two_folders_on_one_line_of_one_source_keep_apart(tmp_path):
+    sources = [
+        folder_source(tmp_path / name, [{"caption": f"text of {name}", "source": "s"}], {}) for name in ("a", "b")
+    ]
+    run(sources, tmp_path / "out")
+    assert {row["key"]: row["captions"] for row in rows_of(tmp_path / "out")} == {
+        "s/line-1": ["text of a"],
+        "b/s/line-1": ["text of b"],
+    }
 
 
 def test_a_run_without_a_good_row_is_an_error_and_leaves_no_manifest(tmp_path):

@@ -98,3 +98,13 @@ def test_a_size_below_what_the_letters_need_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"--vocab-size=3: must be at least 16"):
         train_tokenizer(file, vocab_size=3, overwrite=False)
     assert manifests.load_manifest(file).tokenizer is None
+
+
+def test_pictures_alone_have_nothing_to_train_a_vocabulary_from(tmp_path):
+    manifest = manifests.Manifest(
+        rows=1, shards=(manifests.Shard(file="a", rows=1, bytes=1, sha256="0"),), without_caption=1, without_picture=0
+    )
+    (tmp_path / "a").write_bytes(b"x")
+    manifests.save_manifest(manifest, tmp_path / "manifest.json")
+    with pytest.raises(UserError, match=r"none of its 1 rows has a caption"):
+        train_tokenizer(tmp_path / "manifest.json", vocab_size=64, overwrite=False)

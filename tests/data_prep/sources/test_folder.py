@@ -33,6 +33,30 @@ def test_rows_of_one_image_are_joined_without_repeating_a_caption(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"image": "x.png", "concept": "owl"}\n{"caption": "a text"}\n{"captions": ["a text"]}\n',
+        '{"image": "x.png", "concept": "owl", "captions": [], "id": 1}\n'
+        '{"image": null, "caption": "a text", "id": 2}\n{"image": null, "captions": ["a text"], "id": 3}\n',
+    ],
+)
+def test_a_row_may_be_a_picture_alone_or_a_text_alone_and_texts_are_not_joined(tmp_path, text):
+    (tmp_path / "captions.jsonl").write_text(text)
+    rows = [(row.image, row.captions, row.concept) for row in read_folder(tmp_path).rows]
+    assert rows == [("x.png", (), "owl"), ("", ("a text",), ""), ("", ("a text",), "")]
+
+
+def test_an_empty_cell_of_a_csv_is_a_missing_half(tmp_path):
+    (tmp_path / "captions.csv").write_text('image,captions,id\nx.png,,1\n,"[""a text""]",2\n')
+    assert [(row.image, row.captions) for row in read_folder(tmp_path).rows] == [("x.png", ()), ("", ("a text",))]
+
+
+def test_a_picture_alone_and_a_caption_of_it_in_another_line_are_a_pair(tmp_path):
+    (tmp_path / "captions.jsonl").write_text('{"image": "x.png"}\n{"image": "x.png", "caption": "an owl"}\n')
+    assert [(row.image, row.captions) for row in read_folder(tmp_path).rows] == [("x.png", ("an owl",))]
+
+
 def test_a_row_without_a_source_has_the_name_of_the_folder(tmp_path):
     (tmp_path / "birds").mkdir()
     (tmp_path / "birds/captions.jsonl").write_text('{"image": "x.png", "caption": "an owl"}\n')
@@ -49,9 +73,13 @@ def test_a_captions_file_may_be_named_itself(tmp_path):
     [
         ("{not json", "is not JSON"),
         ("[1]", "must be a JSON object"),
-        ('{"caption": "no image"}', '"image" is missing'),
-        ('{"image": 3, "caption": "x"}', '"image" is missing or no text'),
-        ('{"image": "x.png"}', 'needs either "caption" or "captions"'),
+        ('{"image": 3, "caption": "x"}', '"image" must be a path'),
+        ('{"image": "", "caption": "x"}', '"image" must be a path'),
+        ('{"concept": "owl"}', "has neither a picture nor a caption"),
+        ('{"image": null, "captions": []}', "has neither a picture nor a caption"),
+        ('{"img": "x.png", "caption": "x"}', 'has no "image", but "img"; did you mean "image"?'),
+        ('{"image": "x.png", "text": "an owl"}', 'has no "caption" and "captions", but "text"'),
+        ('{"image": "x.png", "text": "an owl"}', 'says "captions": []'),
         ('{"image": "x.png", "caption": "a", "captions": ["b"]}', 'needs either "caption" or "captions"'),
         ('{"image": "x.png", "captions": "a"}', "must be a list of texts"),
         ('{"image": "x.png", "captions": [1]}', "must be a list of texts"),
@@ -71,7 +99,9 @@ def test_a_bad_line_is_named(tmp_path, line, reason):
     [
         ("image,caption\nx.png,a\ny.png,b,c\n", "line 3: has not as many cells"),
         ("image,caption\nx.png\n", "line 2: has not as many cells"),
-        ("picture,caption\nx.png,a\n", 'line 2: "image" is missing'),
+        ("picture,caption\nx.png,a\n", 'line 2: has no "image", but "picture"'),
+        ("image,text\nx.png,a\n", 'line 2: has no "caption" and "captions", but "text"'),
+        ('image,captions\n,"[]"\n', "line 2: has neither a picture nor a caption"),
         ("image,captions\nx.png,a red apple\n", "line 2: captions='a red apple' must be a JSON list"),
         ('image,caption\nx.png,"open\n', "is not CSV"),
         ("image,caption\n", "has no rows"),

@@ -1,0 +1,293 @@
+"""Training data from several manifests: which source each position of the run reads, and which sample of that source.
+
+data.mixture=("web=3", "classes=1") reads, for ever, the pattern web web web classes. The weights are reduced to whole
+numbers w_s; their sum W is the period. Among the first n positions source s has floor(n * w_s / W) or ceil(n * w_s / W)
+samples, whatever n is: each sample is a unit of work that may not be done before its turn nor after its deadline, and
+earliest deadline first meets all of them (Liu and Layland, 1973). So where a batch times a share is whole, every batch
+has exactly that many. The state is the position alone; each source counts its own epochs. Needs neither torch nor DALI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.schema import Data
+from limoe_dist.data.manifest import Manifest, load_manifest
+from limoe_dist.data.order import Ints, row_at
+
+MAX_PERIOD = 100_000
+"""Longest pattern: it is kept whole in memory, and the shares are exact only over whole patterns."""
+MIN_BAD_ROWS = 16
+"""Fewer bad rows than this never stop a run, whatever their share."""
+_ENTRY = "an entry is MANIFEST=WEIGHT, as in web/manifest.json=3"
+_WEIGHT = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,15}|/[0-9]{1,15})?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    path: str
+    """manifest.json, or its folder."""
+    weight: int
+    """Samples of this source in one period; the weights of a mixture have no common divisor."""
+
+
+def entries_of(data: Data) -> tuple[Entry, ...]:
+    """The sources of data.mixture; where it is empty, data.manifest alone. Opens no file.
+
+    Raises UserError naming each entry that is none, and a data.manifest that the mixture does not hold.
+    """
+    if not data.mixture:
+        return (Entry(data.manifest, 1),)
+    parsed, problems, met = [], [], dict[Path, str]()
+    for text in data.mixture:
+        path, weight, problem = _parsed(text)
+        file = manifest_file(path)
+        if not problem and file in met:
+            problem = f'names the manifest that "{met[file]}" has: give it once, with the sum of the weights'
+        if problem:
+            problems.append(f'data.mixture: "{text}" {problem}')
+        else:
+            parsed.append((path, weight))
+            met[file] = text
+    if not problems and data.manifest and manifest_file(data.manifest) not in met:
+        problems.append(
+            f"data.manifest={data.manifest} is no manifest of data.mixture, and only those are trained on: add it to "
+            "data.mixture with a weight, or set data.manifest to the one of them whose tokenizer is used "
+            '("" for the first)'
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    weights = _whole([weight for _, weight in parsed])
+    return tuple(Entry(path, weight) for (path, _), weight in zip(parsed, weights, strict=True))
+
+
+def with_home(data: Data) -> Data:
+    """The settings with data.manifest filled in: of a mixture, the first manifest, unless another one is named.
+
+    Its tokenizer is the run's, and what asks for "the training pictures" looks there. Raises as `entries_of` does.
+    """
+    first = entries_of(data)[0].path
+    return data.model_copy(update={"manifest": data.manifest or first})
+
+
+def absolute(data: Data) -> Data:
+    """As `with_home`, with all paths absolute: they mean the same when the run goes on from another directory."""
+    data = with_home(data)
+    mixture = tuple(
+        f"{Path(path.strip()).absolute()}={weight.strip()}"
+        for path, _, weight in (e.rpartition("=") for e in data.mixture)
+    )
+    paths = {"manifest": data.manifest, "validation": data.validation, "tokenizer": data.tokenizer}
+    found = {name: str(Path(path).absolute()) for name, path in paths.items() if path}
+    return data.model_copy(update={**found, "mixture": mixture})
+
+
+def files_of(data: Data) -> dict[str, str]:
+    """The manifests to train on, by the name of their setting and weight: what all ranks must have alike."""
+    if not data.mixture:
+        return {"data.manifest": data.manifest}
+    entries = entries_of(data)
+    mixed = {f"entry {n} of data.mixture (weight {entry.weight})": entry.path for n, entry in enumerate(entries, 1)}
+    return {"data.manifest": with_home(data).manifest} | mixed
+
+
+def load_manifests(data: Data) -> tuple[Manifest, ...]:
+    """The manifests to train on, in the order of `entries_of`. Raises UserError where one cannot be trained on."""
+    entries = entries_of(data)
+    manifests = tuple(load_manifest(Path(entry.path)) for entry in entries)
+    check_pairs(data, manifests)
+    return manifests
+
+
+def check_pairs(data: Data, manifests: Sequence[Manifest]) -> None:
+    """Raises UserError where the manifests tell that too many rows have no picture or no caption to train on.
+
+    Older manifests tell nothing: then the loader meets those rows, and stops by the same rules.
+    """
+    entries = entries_of(data)
+    total = sum(entry.weight for entry in entries)
+    lacking, share = 0, 0.0
+    for entry, manifest in zip(entries, manifests, strict=True):
+        if manifest.pairs == 0:
+            raise UserError(
+                f"{entry.path}: {_lacks(manifest)}: training needs pairs, rows with both; shards of one modality serve "
+                "limoe eval and limoe analyze"
+            )
+        if manifest.pairs is not None:
+            lacking += manifest.rows - manifest.pairs
+            share += entry.weight / total * (manifest.rows - manifest.pairs) / manifest.rows
+    if lacking >= MIN_BAD_ROWS and share > data.max_bad_frac:
+        named = [
+            f"{entry.path}: {_lacks(manifest)}"
+            for entry, manifest in zip(entries, manifests, strict=True)
+            if manifest.pairs not in (None, manifest.rows)
+        ]
+        raise UserError(
+            "; ".join(named) + f": {share:.1%} of what would be read is no pair to train on, more than "
+            f"data.max_bad_frac={data.max_bad_frac:g}: pack the pairs alone, or raise data.max_bad_frac "
+            "(other rows of the shard then stand in)"
+        )
+
+
+def _lacks(manifest: Manifest) -> str:
+    counts = {"caption": manifest.without_caption, "picture": manifest.without_picture}
+    return " and ".join(
+        f"{count} of the {manifest.rows} rows have no {what}" for what, count in counts.items() if count
+    )
+
+
+def crowded(data: Data, manifests: Sequence[Manifest], *, batch_pairs: int) -> list[str]:
+    """One sentence for each source of which a batch reads more samples than it has rows."""
+    entries = entries_of(data)
+    total = sum(entry.weight for entry in entries)
+    lines = []
+    for entry, manifest in zip(entries, manifests, strict=True):
+        samples = batch_pairs * entry.weight / total
+        if samples > manifest.rows:
+            what = f"the data has {manifest.rows} rows"
+            if len(entries) > 1:
+                what = f"{samples:g} of them are from {entry.path}, which has {manifest.rows} rows"
+            lines.append(f"train.batch_pairs={batch_pairs}, but {what}: every batch holds rows more than once")
+    return lines
+
+
+def described(data: Data, manifests: Sequence[Manifest], *, samples: int) -> list[str]:
+    """One line for each source of a mixture: its share, and how often a run of so many samples reads its rows."""
+    entries = entries_of(data)
+    if len(entries) == 1:
+        return []
+    counts = Mixture([entry.weight for entry in entries]).counts(samples)
+    total = sum(entry.weight for entry in entries)
+    return [
+        f"data: {entry.weight / total:.2%} from {entry.path}: {count} samples, {count / manifest.rows:.3g} epochs of "
+        f"its {manifest.rows} rows"
+        for entry, manifest, count in zip(entries, manifests, counts, strict=True)
+    ]
+
+
+def data_hash(data: Data, manifests: Sequence[Manifest]) -> str:
+    """Of the shards' checksums, in order, and in a mixture of the weights: runs that have the same read the same."""
+    hashes = [hashlib.sha256("".join(shard.sha256 for shard in one.shards).encode()).hexdigest() for one in manifests]
+    if len(hashes) == 1:
+        return hashes[0]
+    weights = [entry.weight for entry in entries_of(data)]
+    return hashlib.sha256(json.dumps(list(zip(weights, hashes, strict=True))).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What n positions read, (n,) int64 each."""
+
+    sources: Ints
+    epochs: Ints
+    """Of the source."""
+    rows: Ints
+    """Of the source, from 0."""
+
+
+class Mixture:
+    """The fixed interleaving of sources with whole weights."""
+
+    def __init__(self, weights: Sequence[int]) -> None:
+        """weights: >= 1, in the order of the sources. Raises ValueError for others, and for a sum above MAX_PERIOD."""
+        if not weights or min(weights) < 1 or sum(weights) > MAX_PERIOD:
+            raise ValueError(f"weights {tuple(weights)} must be at least 1 with a sum of at most {MAX_PERIOD}")
+        self._weights = np.array(weights, dtype=np.int64)
+        self._pattern = _interleaving(weights)
+        self._places = [np.flatnonzero(self._pattern == source) for source in range(len(weights))]
+        self._nth = np.empty(len(self._pattern), dtype=np.int64)
+        for places in self._places:
+            self._nth[places] = np.arange(len(places))
+
+    def at(self, positions: Ints, *, rows: Sequence[int], seed: int) -> Drawn:
+        """Source, epoch and row that each position reads.
+
+        positions: (n,) int64, >= 0. rows: of each source. Every epoch of a source is a permutation of its own rows,
+        keyed by (seed, source, epoch): two copies of one manifest are read in different orders.
+        """
+        turns, places = np.divmod(np.asarray(positions, dtype=np.int64), len(self._pattern))
+        sources = self._pattern[places]
+        samples = turns * self._weights[sources] + self._nth[places]
+        epochs, found = np.empty_like(samples), np.empty_like(samples)
+        for source, count in enumerate(rows):
+            here = np.flatnonzero(sources == source)
+            epochs[here], found[here] = row_at(samples[here], rows=count, seed=seed, source=source)
+        return Drawn(sources=sources, epochs=epochs, rows=found)
+
+    def counts(self, end: int) -> list[int]:
+        """Samples of each source among positions 0 to end - 1."""
+        turns, place = divmod(end, len(self._pattern))
+        return [
+            turns * int(weight) + int(np.searchsorted(places, place))
+            for weight, places in zip(self._weights, self._places, strict=True)
+        ]
+
+
+def _interleaving(weights: Sequence[int]) -> Ints:
+    """The source of each position of one period, (W,) int64.
+
+    Sample j of a source (from 1) may come at position floor((j - 1) * W / w) or later, and must be among the first
+    ceil(j * W / w). Of those whose turn has come the earliest deadline goes first; of equals, the earlier source.
+    """
+    period = sum(weights)
+    coming = [(0, source, 1) for source in range(len(weights))]
+    due: list[tuple[int, int, int]] = []
+    pattern = np.empty(period, dtype=np.int64)
+    for position in range(period):
+        while coming and coming[0][0] <= position:
+            _, source, sample = heapq.heappop(coming)
+            heapq.heappush(due, (-(-sample * period // weights[source]), source, sample))
+        _, source, sample = heapq.heappop(due)
+        pattern[position] = source
+        if sample < weights[source]:
+            heapq.heappush(coming, (sample * period // weights[source], source, sample + 1))
+    return pattern
+
+
+def _parsed(text: str) -> tuple[str, Fraction, str]:
+    """Path, weight, and what is wrong with the entry, or the empty string."""
+    path, sign, weight = text.rpartition("=")
+    path, weight = path.strip(), weight.strip()
+    if not sign or not path:
+        return "", Fraction(0), f"has no {'path' if sign else 'weight'}: {_ENTRY}"
+    try:
+        number = Fraction(weight if _WEIGHT.fullmatch(weight) else "")
+    except (ValueError, ZeroDivisionError):
+        return "", Fraction(0), f'has the weight "{weight}": a weight is a number above 0 such as 3, 0.25 or 1/4'
+    return path, number, "" if number else "has the weight 0: leave the entry out, or give it a weight above 0"
+
+
+def _whole(weights: Sequence[Fraction]) -> list[int]:
+    """The smallest whole numbers in the same ratios. Raises UserError where their sum is above MAX_PERIOD."""
+    common = math.lcm(*(weight.denominator for weight in weights))
+    whole = _reduced([int(weight * common) for weight in weights])
+    if (period := sum(whole)) > MAX_PERIOD:
+        near = _reduced([max(1, round(1000 * weight / period)) for weight in whole])
+        raise UserError(
+            f"data.mixture: the weights {', '.join(map(str, whole))} (in whole numbers) repeat only after {period} "
+            f"samples, more than {MAX_PERIOD}: use rounder ones, such as {', '.join(map(str, near))}; "
+            "a third is 1/3, not 0.333333"
+        )
+    return whole
+
+
+def _reduced(weights: Sequence[int]) -> list[int]:
+    divisor = math.gcd(*weights)
+    return [weight // divisor for weight in weights]
+
+
+def manifest_file(path: Path | str) -> Path:
+    """The one name of a manifest that may be given by its folder, by a link, or from here."""
+    given = Path(path)
+    return (given / "manifest.json" if given.is_dir() else given).resolve()
