@@ -1,4 +1,4 @@
-"""`limoe eval zeroshot` and `limoe eval retrieval`: a checkpoint of a run against shards, as a table and as JSON."""
+"""`limoe eval`: zero-shot, few-shot, retrieval or contrastive accuracy of a checkpoint, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -17,6 +17,7 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import load_run, write_atomically
 from limoe_dist.config.schema import Run
 from limoe_dist.data.manifest import load_manifest
+from limoe_dist.data.mixture import entries_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from limoe_dist.data.arrow import ShardSet
     from limoe_dist.data.tokenizer import Tokenizer
     from limoe_dist.eval.classes import ClassNames
-    from limoe_dist.eval.embed import Progress
+    from limoe_dist.eval.embed import Embedder, Progress
     from limoe_dist.model.tower import Limoe
     from limoe_dist.parallel.mesh import Mesh
 
@@ -55,27 +56,80 @@ class ZeroShotOptions(Options):
     """Classify pictures by the prompts of their classes: top-1 and top-5, chance, and the nearest neighbour in pixels.
 
     The nearest neighbour is computed in the same call, over the training pictures of the same classes: it is what
-    needs no learning. Exit status 2 where a setting or file has to be mended.
+    needs no learning. Rows need a picture and a concept, no caption. Class files and how prompts are made:
+    docs/evaluation.md. Exit status 2 where a setting or file has to be mended.
     """
 
     classes: str = ""
-    """Text file with one class a line, its names parted by ","; empty: the distinct concepts of the shards."""
+    """Class file: text in UTF-8 with one class a line and nothing else, no header, numbers or columns. "," parts the
+    names of a class, as in: tabby cat, tabby. All of its names are averaged; the first is shown. The concept of every
+    evaluated row must be one of the names. Blank lines and names that come twice are refused. Empty: the distinct
+    concepts of the shards (see also the run's eval.classes)."""
     templates: tuple[str, ...] = field(default=())
-    """Prompts with {} for the class name, as in --templates "{}" "a photo of a {}"; empty: the run's eval.templates."""
+    """Prompts with {} for the class name, as in --templates "{}" "a photo of a {}"; clip stands for CLIP's 80; empty:
+    the run's eval.templates."""
+    prompts: Literal["auto", "canonical", "written"] = "auto"
+    """canonical: class names and templates in lower case, without punctuation, "_" a blank; written: as they are;
+    auto: canonical with a class file, written for the concepts of the shards."""
     neighbours: str = ""
     """manifest.json of the pictures for the nearest neighbour; empty: the run's data.manifest; "none" leaves it out."""
+
+
+@dataclass(frozen=True)
+class FewShotOptions(Options):
+    """Learn classes from a few pictures each, without texts: a linear classifier on the features of the frozen tower.
+
+    LIMoE's 10-shot: features are averaged over a picture's tokens, before the projection; the classifier is a ridge
+    regression to -1 and 1 in closed form, on standardised features and a constant, drawn anew for each seed. Rows need
+    a picture and a concept, no caption. Exit status 2 where a setting or file has to be mended.
+    """
+
+    train: str = ""
+    """manifest.json of the pictures to learn from, with concepts; empty: the run's data.manifest."""
+    shots: int = 10
+    """Training pictures of each class."""
+    seeds: int = 3
+    """Draws of them; the result is the mean, beside it the standard deviation."""
+    l2: tuple[float, ...] = (1024.0,)
+    """Penalties of the ridge; the first is the result, further ones are shown beside it. big_vision takes 2^10."""
+    short_classes: Literal["skip", "use"] = "skip"
+    """Classes with fewer than --shots training pictures: skip leaves them out, with their evaluated pictures; use
+    learns from all that they have."""
 
 
 @dataclass(frozen=True)
 class RetrievalOptions(Options):
     """Find each picture's text among all texts, and each text's picture among all pictures: R@1, R@5 and R@10.
 
-    A picture's text is its first caption; equal captions are one text, found where any picture that carries it is.
+    With --captions all, the protocol for COCO, every caption is asked for, and a picture has found its text where any
+    of its captions comes first. Equal captions are one text, found where any picture that carries it is.
+    Rows without a picture or without a caption are left out and counted.
     Exit status 2 where a setting or file has to be mended.
     """
 
+    captions: Literal["first", "all"] | None = None
+    """The first caption of each row alone, or all of them; by default the run's eval.captions."""
 
-TASKS: dict[str, Callable[..., Options]] = {"zeroshot": ZeroShotOptions, "retrieval": RetrievalOptions}
+
+@dataclass(frozen=True)
+class ContrastiveOptions(Options):
+    """In minibatches, let each picture choose its caption and each caption its picture: the mean of both accuracies.
+
+    The validation accuracy of LIMoE's Table 3, in minibatches of 1,024 pairs in the order of the manifest. The last
+    incomplete one is left out, which is said; where all rows are fewer, they are one minibatch.
+    Exit status 2 where a setting or file has to be mended.
+    """
+
+    minibatch: int | None = None
+    """Pairs to choose between; by default the run's eval.minibatch."""
+
+
+TASKS: dict[str, Callable[..., Options]] = {
+    "zeroshot": ZeroShotOptions,
+    "fewshot": FewShotOptions,
+    "retrieval": RetrievalOptions,
+    "contrastive": ContrastiveOptions,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -94,7 +148,9 @@ def main(argv: list[str]) -> int:
     from limoe_dist.checkpoint.catalog import latest_checkpoint
 
     # Told once, before ranks start that would each tell it.
-    open_run_tokenizer(inputs.run, latest_checkpoint(Path(options.run), options.checkpoint))
+    checkpoint = latest_checkpoint(Path(options.run), options.checkpoint)
+    if not isinstance(options, FewShotOptions):
+        open_run_tokenizer(inputs.run, checkpoint)
     if options.ranks > 1 and not _launched():
         from launch.ranks import run_local
 
@@ -121,6 +177,8 @@ class Inputs:
     data: str
     classes: list[ClassNames] | None
     neighbours: str | None
+    learned: str
+    """manifest.json of the pictures that few-shot learns from; else empty."""
 
 
 def _check(options: Options) -> Inputs:
@@ -137,14 +195,22 @@ def _check(options: Options) -> Inputs:
     if not data:
         raise UserError("--data is missing, and the run has no data.validation: give the manifest.json of some shards")
     load_manifest(Path(data))
-    classes, neighbours = None, None
+    classes, neighbours, learned = None, None, ""
     if isinstance(options, ZeroShotOptions):
         run = _with(run, "eval", templates=options.templates or run.eval.templates)
         classes, neighbours = _check_zeroshot(options, run)
+    elif isinstance(options, FewShotOptions):
+        learned = _check_fewshot(options, run)
+    elif isinstance(options, RetrievalOptions):
+        run = _with(run, "eval", captions=options.captions or run.eval.captions)
+    elif isinstance(options, ContrastiveOptions) and options.minibatch is not None:
+        if options.minibatch < 2:
+            raise UserError(f"--minibatch={options.minibatch}: must be 2 or more: one pair leaves no choice")
+        run = _with(run, "eval", minibatch=options.minibatch)
     if options.tokenizer:
         run = _with(run, "data", tokenizer=options.tokenizer)
     run = _with(run, "eval", batch_pairs=options.batch_pairs or run.eval.batch_pairs)
-    return Inputs(run, data, classes, neighbours)
+    return Inputs(run, data, classes, neighbours, learned)
 
 
 def _check_zeroshot(options: ZeroShotOptions, run: Run) -> tuple[list[ClassNames] | None, str | None]:
@@ -164,6 +230,22 @@ def _check_zeroshot(options: ZeroShotOptions, run: Run) -> tuple[list[ClassNames
     return read_class_file(Path(options.classes)) if options.classes else None, neighbours or None
 
 
+def _check_fewshot(options: FewShotOptions, run: Run) -> str:
+    """The manifest to learn from."""
+    for name, value in (("--shots", options.shots), ("--seeds", options.seeds)):
+        if value < 1:
+            raise UserError(f"{name}={value}: must be 1 or more")
+    if not options.l2:
+        raise UserError("--l2 is empty: give at least one penalty, for example --l2 1024")
+    if wrong := [value for value in options.l2 if not (value > 0 and math.isfinite(value))]:
+        raise UserError(f"--l2={wrong[0]:g}: a penalty must be above 0 and finite, for example 1024")
+    learned = options.train or run.data.manifest
+    if not learned:
+        raise UserError("--train is missing, and the run has no data.manifest: give the manifest.json of some shards")
+    load_manifest(Path(learned))
+    return learned
+
+
 def _with(run: Run, section: str, **settings: Any) -> Run:
     """The run with other settings in one section."""
     return run.model_copy(update={section: getattr(run, section).model_copy(update=settings)})
@@ -176,11 +258,26 @@ class Subject:
     run: Run
     step: int
     model: Limoe
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None where the task reads no text."""
     shards: ShardSet
     mesh: Mesh
     device: torch.device
     progress: Progress
+
+    def embedder(self) -> Embedder:
+        from limoe_dist.eval.embed import Embedder
+
+        assert self.tokenizer is not None
+        return Embedder(
+            self.model,
+            self.run,
+            self.shards,
+            self.tokenizer,
+            mesh=self.mesh,
+            device=self.device,
+            progress=self.progress,
+        )
 
 
 def _evaluate(options: Options, inputs: Inputs) -> None:
@@ -191,14 +288,25 @@ def _evaluate(options: Options, inputs: Inputs) -> None:
 
     run = _laid_out(inputs.run, discover(os.environ).world)
     files = {"--data": inputs.data, "--neighbours": inputs.neighbours or "", "data.tokenizer": run.data.tokenizer}
-    told = {"limoe eval": type(options).__name__, "--checkpoint": options.checkpoint, "--classes": inputs.classes}
+    files |= {"--train": inputs.learned}
+    told: dict[str, object] = {"limoe eval": type(options).__name__, "--checkpoint": options.checkpoint}
+    told |= {"--classes": inputs.classes}
+    if isinstance(options, ZeroShotOptions):
+        told |= {"--prompts": options.prompts}
+    elif isinstance(options, FewShotOptions):
+        told |= {"--shots": options.shots, "--seeds": options.seeds, "--l2": options.l2}
+        told |= {"--short-classes": options.short_classes}
     agree = agreement(run, files=files, options=told)
     with start(run.parallel, os.environ, agree=agree) as (mesh, device), progress_bars(mesh.rank == 0) as progress:
         subject = _loaded(options, run, inputs.data, mesh, device, progress)
         if isinstance(options, ZeroShotOptions):
-            task, (content, table) = "zeroshot", _zeroshot(subject, inputs)
-        else:
+            task, (content, table) = "zeroshot", _zeroshot(subject, inputs, options.prompts)
+        elif isinstance(options, FewShotOptions):
+            task, (content, table) = "fewshot", _fewshot(subject, inputs, options)
+        elif isinstance(options, RetrievalOptions):
             task, (content, table) = "retrieval", _retrieval(subject)
+        else:
+            task, (content, table) = "contrastive", _contrastive(subject)
     if mesh.rank == 0:
         where = {"run": options.run, "preset": run.preset, "step": subject.step, "data": str(subject.shards.path)}
         path = Path(options.json or Path(options.run) / f"eval-{task}-{subject.step}.json")
@@ -216,45 +324,77 @@ def _loaded(options: Options, run: Run, data: str, mesh: Mesh, device: torch.dev
     model = build_model(run, mesh=mesh, device=device)
     load_weights(checkpoint, model, mesh)
     with all_or_none(mesh.world, device):
-        tokenizer = open_run_tokenizer(run, checkpoint.checkpoint)
+        tokenizer = None
+        if not isinstance(options, FewShotOptions):
+            tokenizer = open_run_tokenizer(run, checkpoint.checkpoint)
         shards = ShardSet(data)
         verify_shards(shards.manifest, shards.folder, rank=mesh.rank, world=mesh.world.size)
     return Subject(run, checkpoint.state.step, model, tokenizer, shards, mesh, device, progress)
 
 
-def _zeroshot(of: Subject, inputs: Inputs) -> tuple[dict[str, Any], Table]:
+def _zeroshot(
+    of: Subject, inputs: Inputs, prompts: Literal["auto", "canonical", "written"]
+) -> tuple[dict[str, Any], Table]:
     from launch.eval_tables import zeroshot_table
     from limoe_dist.data.arrow import ShardSet
     from limoe_dist.eval.classes import classes_of_run
     from limoe_dist.eval.pixels import pixel_nearest_neighbour
-    from limoe_dist.eval.zeroshot import zeroshot
+    from limoe_dist.eval.zeroshot import zeroshot_of
 
     mesh, device, progress = of.mesh, of.device, of.progress
     classes = inputs.classes
     if classes is None and of.run.eval.classes == "trained":
-        classes = classes_of_run(of.run, ShardSet(of.run.data.manifest), of.shards)
-    found = zeroshot(
-        of.model, of.run, of.shards, of.tokenizer, mesh=mesh, device=device, classes=classes, progress=progress
-    )
+        classes = classes_of_run(of.run, ShardSet(*(entry.path for entry in entries_of(of.run.data))), of.shards)
+    if prompts == "auto":
+        prompts = "written" if inputs.classes is None else "canonical"
+    found = zeroshot_of(of.embedder(), classes=classes, prompts=prompts)
     content, neighbour = {"zeroshot": found.to_json()}, None
     if inputs.neighbours is not None:
-        training = ShardSet(inputs.neighbours)
+        # A run on a mixture was trained on all of it.
+        mixed = of.run.data.mixture and inputs.neighbours == of.run.data.manifest
+        searched = [entry.path for entry in entries_of(of.run.data)] if mixed else [inputs.neighbours]
+        training = ShardSet(*searched)
         neighbour = pixel_nearest_neighbour(
             of.run, training, of.shards, mesh=mesh, device=device, classes=classes, progress=progress
         )
-        content["pixel_nearest_neighbour"] = {"training_data": inputs.neighbours} | neighbour.to_json()
+        where = {"training_data": searched if mixed else inputs.neighbours}
+        content["pixel_nearest_neighbour"] = where | neighbour.to_json()
         if neighbour.training_rows == 0:
             # No training picture belongs to a class: there is no neighbour to compare with.
             neighbour = None
     return content, zeroshot_table(found, neighbour, step=of.step)
 
 
+def _fewshot(of: Subject, inputs: Inputs, options: FewShotOptions) -> tuple[dict[str, Any], Table]:
+    from launch.eval_tables import fewshot_table
+    from limoe_dist.data.arrow import ShardSet
+    from limoe_dist.data.manifest import verify_shards
+    from limoe_dist.eval.fewshot import Shots, fewshot
+    from limoe_dist.parallel.collectives import all_or_none
+
+    with all_or_none(of.mesh.world, of.device):
+        training = ShardSet(inputs.learned)
+        verify_shards(training.manifest, training.folder, rank=of.mesh.rank, world=of.mesh.world.size)
+    shots = Shots(options.shots, options.seeds, options.l2, options.short_classes)
+    found = fewshot(of.model, of.run, training, of.shards, shots, mesh=of.mesh, device=of.device, progress=of.progress)
+    content = {"fewshot": {"training_data": str(training.path)} | found.to_json()}
+    return content, fewshot_table(found, step=of.step)
+
+
 def _retrieval(of: Subject) -> tuple[dict[str, Any], Table]:
     from launch.eval_tables import retrieval_table
-    from limoe_dist.eval.retrieval import retrieval
+    from limoe_dist.eval.retrieval import retrieval_of
 
-    found = retrieval(of.model, of.run, of.shards, of.tokenizer, mesh=of.mesh, device=of.device, progress=of.progress)
+    found = retrieval_of(of.embedder())
     return {"retrieval": found.to_json()}, retrieval_table(found, step=of.step)
+
+
+def _contrastive(of: Subject) -> tuple[dict[str, Any], Table]:
+    from launch.eval_tables import contrastive_table
+    from limoe_dist.eval.contrastive import contrastive_of
+
+    found = contrastive_of(of.embedder())
+    return {"contrastive": found.to_json()}, contrastive_table(found, step=of.step)
 
 
 def _laid_out(run: Run, world: int) -> Run:

@@ -6,6 +6,7 @@ import math
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
+from limoe_dist.config.templates import problems as template_problems
 
 
 class ConfigError(UserError):
@@ -49,11 +50,7 @@ def _model(run: Run) -> list[str]:
         problems.append(
             f"image.patch={run.image.patch} must divide image.size={run.image.size}: use image.size={nearest}"
         )
-    problems += [
-        f'eval.templates: "{template}" must hold {{}} where the class name goes'
-        for template in run.eval.templates
-        if "{}" not in template
-    ]
+    problems += template_problems(run.eval.templates)
     return problems
 
 
@@ -103,9 +100,9 @@ def _slots(run: Run) -> list[str]:
     tokens = moe.group_pairs * (run.image_tokens + run.text.length)
     for name, factor in (
         ("capacity_factor", moe.capacity_factor),
-        ("eval_capacity_factor", moe.eval_capacity_factor or moe.capacity_factor),
+        ("eval_capacity_factor", moe.eval_capacity_factor),
     ):
-        if tokens * moe.top_k * factor < moe.num_experts:
+        if factor and tokens * moe.top_k * factor < moe.num_experts:
             least = moe.num_experts / (tokens * moe.top_k)
             problems.append(
                 f"moe.{name}={factor:g} leaves an expert less than one slot: a group has {tokens} tokens "

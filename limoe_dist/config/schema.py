@@ -142,7 +142,11 @@ class Moe(Section):
 
 class Data(Section):
     manifest: str = ""
-    """manifest.json of the training shards (`limoe prep pack` writes it)."""
+    """manifest.json of the training shards (`limoe prep pack` writes it). With data.mixture: the one of its manifests
+    whose tokenizer is used; empty: the first."""
+    mixture: tuple[str, ...] = ()
+    """Several training manifests with their shares of the samples, each MANIFEST=WEIGHT, as in web/manifest.json=3
+    classes/manifest.json=1; a weight is a number such as 3, 0.25 or 1/4. Empty: data.manifest alone."""
     validation: str = ""
     """manifest.json of shards that are never trained on, for evaluation during training."""
     tokenizer: str = ""
@@ -236,14 +240,18 @@ class Train(Section):
 
 class Eval(Section):
     every_steps: CountOrZero = 0
-    """Zero-shot and retrieval on data.validation every so many steps; 0: at the end only."""
+    """Zero-shot, retrieval and contrastive accuracy on data.validation every so many steps; 0: at the end only."""
     batch_pairs: Count = 64
     """Pictures or texts per rank and forward pass."""
     classes: Literal["evaluated", "trained"] = "evaluated"
     """What zero-shot chooses between without a class file: the concepts of the evaluated rows, or with trained those
     of the training rows too (they are all read for that: for small sets)."""
     templates: tuple[str, ...] = ("{}", "an emoji of {}")
-    """Prompts for zero-shot classes; {} is the class name."""
+    """Prompts for zero-shot classes; {} is the class name. An entry that is exactly clip stands for CLIP's 80."""
+    captions: Literal["first", "all"] = "first"
+    """Which captions of a row retrieval asks for and takes as right: its first alone, or all (COCO's protocol)."""
+    minibatch: Annotated[int, Field(ge=2)] = 1024
+    """Pairs that contrastive accuracy chooses between: LIMoE's validation accuracy (Table 3) takes 1,024."""
 
 
 class Checkpoint(Section):

@@ -5,9 +5,12 @@ Needs neither torch nor DALI: a command checks a class file before it starts ran
 
 from __future__ import annotations
 
+import string
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from limoe_dist.config import templates as template_sets
 from limoe_dist.config.errors import UserError, nearest
 from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
@@ -50,34 +53,75 @@ def classes_of_run(run: Run, train: ShardSet, shards: ShardSet) -> list[ClassNam
 
 
 def read_class_file(path: Path) -> list[ClassNames]:
-    """Classes in the order of the lines; "," parts the names of a class.
+    """Classes in the order of the lines; "," parts the names of a class. docs/evaluation.md has the format.
 
-    Raises UserError where the file cannot be read, a line or a name is blank, or a name comes twice.
+    Raises UserError where the file cannot be read as UTF-8 (a byte order mark is passed over), a line or a name is
+    blank, a name holds a tab or another control character or nothing but punctuation, or a name comes twice: two names
+    are one where `normalised` or `canonical` makes them equal, since their prompts would be.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # Line ends become "\n"; splitlines() would also part lines at rarer characters, within a name.
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"class file {path}: byte {error.start} is not UTF-8: save it as UTF-8, one class a line"
+        ) from None
+    except OSError as error:
         raise UserError(f"class file {path}: cannot be read: {error}") from None
-    if not lines:
+    if not text:
         raise UserError(f"class file {path}: is empty: write one class a line")
     line_of: dict[str, int] = {}
-    classes = []
-    for number, line in enumerate(lines, start=1):
-        names = tuple(name.strip() for name in line.split(","))
-        if not all(names):
+    return [
+        _class_of_line(line, number, line_of, path)
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1)
+    ]
+
+
+def _class_of_line(line: str, number: int, line_of: dict[str, int], path: Path) -> ClassNames:
+    """line_of: where each name was met so far, by its normalised and its canonical spelling."""
+    names = tuple(name.strip() for name in line.split(","))
+    if not all(names):
+        raise UserError(
+            f'class file {path}: line {number} is "{line}": every line is a class, its names parted by ",", '
+            "none of them blank"
+        )
+    for name in names:
+        if "\t" in name:
             raise UserError(
-                f'class file {path}: line {number} is "{line}": every line is a class, its names parted by ",", '
-                "none of them blank"
+                f"class file {path}: line {number} holds a tab: there are no columns: "
+                'write names alone, a class a line, further names of it after ","'
             )
-        for name in names:
-            if earlier := line_of.get(normalised(name)):
-                raise UserError(
-                    f'class file {path}: "{name}" is in line {earlier} and again in line {number}: '
-                    "a name belongs to one class, once"
-                )
-            line_of[normalised(name)] = number
-        classes.append(names)
-    return classes
+        if control := next((each for each in name if unicodedata.category(each) == "Cc"), None):
+            raise UserError(
+                f"class file {path}: line {number} holds the control character U+{ord(control):04X}: "
+                "save it as plain text in UTF-8"
+            )
+        if not canonical(name):
+            raise UserError(
+                f'class file {path}: line {number}: "{name}" is nothing but punctuation, which prompts leave out: '
+                "write its name in words"
+            )
+        spellings = (normalised(name), f"canonical {canonical(name)}")
+        if earlier := next((line_of[each] for each in spellings if each in line_of), None):
+            alike = "" if normalised(name) in line_of else f' (both are "{canonical(name)}" in prompts)'
+            raise UserError(
+                f'class file {path}: "{name}" is in line {earlier} and again in line {number}{alike}: '
+                "a name belongs to one class, once"
+            )
+        line_of |= dict.fromkeys(spellings, number)
+    return names
+
+
+def canonical(text: str, *, keep: str = "") -> str:
+    """As big_vision writes class names and templates in prompts: lower case, "_" a blank, no ASCII punctuation, every
+    run of white space one blank, none at the ends. keep: a string that stays as it is, "{}" in a template.
+    """
+    parts = text.replace("_", " ").split(keep) if keep else [text.replace("_", " ")]
+    bare = keep.join(part.translate(_NO_PUNCTUATION) for part in parts)
+    return " ".join(bare.lower().split())
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def class_numbers(concepts: Sequence[str], classes: Sequence[ClassNames]) -> list[int]:
@@ -107,9 +151,6 @@ def true_classes(concepts: Sequence[str], classes: Sequence[ClassNames], *, plac
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raises UserError for no template, and for one without the place for the class name."""
-    if not templates:
-        raise UserError('eval.templates is empty: give at least one, for example "a photo of a {}"', told_by=0)
-    for template in templates:
-        if "{}" not in template:
-            raise UserError(f'eval.templates: "{template}" must hold {{}} where the class name goes', told_by=0)
+    """Raises UserError for no template, and for one that is neither a set's name nor has the place for a class name."""
+    if problems := template_sets.problems(templates):
+        raise UserError("\n".join(problems), told_by=0)

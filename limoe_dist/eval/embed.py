@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.evaluation import evaluation_batches, num_evaluation_batches
 from limoe_dist.data.tokenizer import Tokenizer
+from limoe_dist.eval.rows import Holdings, check_pictures, holdings
 from limoe_dist.model.tower import Limoe, autocast
 from limoe_dist.parallel.collectives import all_gather_rows
 from limoe_dist.parallel.mesh import Mesh
@@ -40,7 +43,58 @@ class PictureEmbeddings:
     """(R,) bool: False for a row whose picture cannot be used."""
 
 
-@torch.no_grad()
+class Embedder:
+    """What one model makes of one manifest, each thing computed once however many tasks ask: the pictures, and lists
+    of texts. Its methods are collectives over all ranks where they compute.
+    """
+
+    def __init__(
+        self,
+        model: Limoe,
+        run: Run,
+        shards: ShardSet,
+        tokenizer: Tokenizer,
+        *,
+        mesh: Mesh,
+        device: torch.device,
+        progress: Progress = silent,
+    ) -> None:
+        self.model, self.run, self.shards, self.tokenizer = model, run, shards, tokenizer
+        self.mesh, self.device, self.progress = mesh, device, progress
+        self._texts: dict[tuple[str, ...], Tensor] = {}
+
+    @cached_property
+    def rows(self) -> Holdings:
+        return holdings(self.shards)
+
+    @cached_property
+    def pictures(self) -> PictureEmbeddings:
+        """As `embed_pictures`. Raises UserError where no row holds a picture."""
+        check_pictures(self.rows.pictured, place=self.rows.place)
+        return embed_pictures(
+            self.model, self.run, self.shards, mesh=self.mesh, device=self.device, progress=self.progress
+        )
+
+    def undecodable(self) -> int:
+        """Rows that hold a picture that cannot be decoded."""
+        return int((~self.pictures.good_R).sum()) - self.rows.pictureless
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """As `embed_texts`; the same list is embedded once."""
+        wanted = tuple(texts)
+        if wanted not in self._texts:
+            self._texts[wanted] = embed_texts(
+                self.model,
+                self.run,
+                self.tokenizer,
+                wanted,
+                mesh=self.mesh,
+                device=self.device,
+                progress=self.progress,
+            )
+        return self._texts[wanted]
+
+
 def embed_pictures(
     model: Limoe, run: Run, shards: ShardSet, *, mesh: Mesh, device: torch.device, progress: Progress = silent
 ) -> PictureEmbeddings:
@@ -48,26 +102,76 @@ def embed_pictures(
 
     Raises UserError where no picture can be used, or an embedding is not finite.
     """
-    size = pass_size(run, len(shards), world=mesh.world.size)
-    total = num_evaluation_batches(len(shards), batch_pairs=size, world=mesh.world.size)
+    image_RP, good_R = _of_pictures(
+        "embeddings", model, run, shards, None, mesh=mesh, device=device, what="pictures", progress=progress
+    )
+    return PictureEmbeddings(image_RP=image_RP, good_R=good_R)
+
+
+@dataclass(frozen=True)
+class PictureFeatures:
+    feature_RD: Tensor
+    """(R, D) float32: the mean over a picture's tokens, before the projection; zeros where the row is bad."""
+    good_R: Tensor
+    """(R,) bool"""
+
+
+def picture_features(
+    model: Limoe,
+    run: Run,
+    shards: ShardSet,
+    numbers: Sequence[int] | None = None,
+    *,
+    mesh: Mesh,
+    device: torch.device,
+    what: str = "pictures",
+    progress: Progress = silent,
+) -> PictureFeatures:
+    """What the last block makes of the R pictures `numbers` (None: all), on every rank. A collective over all ranks.
+
+    Raises UserError as `embed_pictures` does. what: their name where progress is shown.
+    """
+    feature_RD, good_R = _of_pictures(
+        "features", model, run, shards, numbers, mesh=mesh, device=device, what=what, progress=progress
+    )
+    return PictureFeatures(feature_RD=feature_RD.float(), good_R=good_R)
+
+
+@torch.no_grad()
+def _of_pictures(
+    wanted: Literal["embeddings", "features"],
+    model: Limoe,
+    run: Run,
+    shards: ShardSet,
+    numbers: Sequence[int] | None,
+    *,
+    mesh: Mesh,
+    device: torch.device,
+    what: str,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:
+    count = len(shards) if numbers is None else len(numbers)
+    size = pass_size(run, count, world=mesh.world.size)
+    total = num_evaluation_batches(count, batch_pairs=size, world=mesh.world.size)
     dtype = next(model.parameters()).dtype
-    rows, real, embedded = [], [], []
+    places, real, found = [], [], []
     batches = evaluation_batches(
-        run, shards, None, batch_pairs=size, rank=mesh.rank, world=mesh.world.size, device=device
+        run, shards, None, batch_pairs=size, rank=mesh.rank, world=mesh.world.size, device=device, numbers=numbers
     )
     for done, batch in enumerate(batches, start=1):
         with autocast(run, device):
-            image_bP = model(batch.images.to(dtype), None).image_BP
-        assert image_bP is not None
-        embedded.append(image_bP)
-        rows.append(torch.from_numpy(batch.rows).to(device))
+            out = model(batch.images.to(dtype), None)
+        x_bX = out.image_BP if wanted == "embeddings" else out.image_BD
+        assert x_bX is not None
+        found.append(x_bX)
+        places.append(torch.from_numpy(batch.places).to(device))
         real.append(batch.real)
-        progress("pictures", done, total)
-    image_RP, good_R = _in_order(torch.cat(embedded), torch.cat(rows), torch.cat(real), len(shards), mesh)
+        progress(what, done, total)
+    x_RX, good_R = _in_order(torch.cat(found), torch.cat(places), torch.cat(real), count, mesh)
     if not good_R.any():
-        raise UserError(f"{shards.path}: none of its {len(shards)} pictures can be decoded: pack again", told_by=0)
-    _check_finite(image_RP, f"the pictures of {shards.path}")
-    return PictureEmbeddings(image_RP=image_RP, good_R=good_R)
+        raise UserError(f"{shards.path}: none of its {count} pictures can be decoded: pack again", told_by=0)
+    _check_finite(x_RX, f"the pictures of {shards.path}")
+    return x_RX, good_R
 
 
 @torch.no_grad()

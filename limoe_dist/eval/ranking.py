@@ -42,6 +42,18 @@ def hit_fracs(place_Qk: Tensor, query_label_Q: Tensor, key_label_K: Tensor, coun
     return [right_Qk[:, :count].any(1).double().mean().item() for count in counts]
 
 
+def linked_fracs(place_Qk: Tensor, link_L2: Tensor, counts: Sequence[int]) -> list[float]:
+    """For each count: the share of queries that have a key linked to them among their first so many places.
+
+    link_L2: (L, 2) int64, a query and a key that is right for it.
+    """
+    # A pair of numbers as one number, so that it can be looked up.
+    factor = int(torch.cat([place_Qk.flatten(), link_L2[:, 1]]).max()) + 1
+    query_Q1 = torch.arange(len(place_Qk), device=place_Qk.device)[:, None]
+    right_Qk = torch.isin(query_Q1 * factor + place_Qk, link_L2[:, 0] * factor + link_L2[:, 1])
+    return [right_Qk[:, :count].any(1).double().mean().item() for count in counts]
+
+
 def chance_frac(keys: int, right: int, count: int) -> float:
     """How often at least one of `right` keys is among the first `count` of `keys` keys in random order."""
     count = min(count, keys)

@@ -1,17 +1,19 @@
 """Retrieval: finds a picture's text among all texts, and a text's picture among all pictures.
 
-Each picture's text is its first caption. Captions that the tokenizer's normalisation (NFKC, lower case, white space)
-makes equal are ONE text: a picture's right answer is the text that it carries, and a text's right answers are all
-pictures that carry it. Without this rule a model would be marked wrong for a caption that is equal to the right one.
+Each picture carries its first caption (eval.captions=first) or all of them (all, the protocol for COCO). Captions that
+the tokenizer's normalisation (NFKC, lower case, white space) makes equal are ONE text: right for a picture is any text
+that it carries, right for a text is any picture that carries it, and each text is one query. Without this rule a model
+would be marked wrong for a caption that is equal to the right one.
 
-Shapes: R pictures, X texts, P embedding width.
+Shapes: R pictures, X texts, L links between a picture and a text that it carries, P embedding width.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,15 +22,20 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.tokenizer import Tokenizer, normalised
-from limoe_dist.eval.embed import Progress, embed_pictures, embed_texts, silent
-from limoe_dist.eval.ranking import chance_frac, evenly_spread, hit_fracs, nearest_keys
+from limoe_dist.eval.embed import Embedder, Progress, silent
+from limoe_dist.eval.ranking import chance_frac, evenly_spread, linked_fracs, nearest_keys
+from limoe_dist.eval.rows import check_pairs
 from limoe_dist.model.tower import Limoe
 from limoe_dist.parallel.mesh import Mesh
 
-RULE = (
-    "A picture's text is its first caption; captions equal after NFKC, lower case and white space are one text. "
-    "Right for a picture: its text. Right for a text: every picture that carries it."
+_RULE = (
+    "{carried}; captions equal after NFKC, lower case and white space are one text. "
+    "Right for a picture: {right}. Right for a text: every picture that carries it."
 )
+RULES = {
+    "first": _RULE.format(carried="A picture's text is its first caption", right="its text"),
+    "all": _RULE.format(carried="A picture carries all of its captions", right="any text that it carries"),
+}
 COUNTS = (1, 5, 10)
 
 
@@ -46,7 +53,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Found:
-    """One picture, its text, and what each found first."""
+    """One picture, the text of its first caption, and what each found first."""
 
     row: int
     key: str
@@ -59,6 +66,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Retrieval:
+    captions: Literal["first", "all"]
+    """Which captions a picture carries."""
     rows: int
     """Pictures: each good row with a caption, once."""
     texts: int
@@ -70,6 +79,8 @@ class Retrieval:
     """What a random order gives."""
     bad_rows: int
     """Rows whose picture could not be decoded."""
+    pictureless_rows: int
+    """Rows that hold no picture."""
     uncaptioned_rows: int
     """Rows without a caption."""
     capacity: str
@@ -79,7 +90,8 @@ class Retrieval:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "rule": RULE,
+            "rule": RULES[self.captions],
+            "captions": self.captions,
             "rows": self.rows,
             "texts": self.texts,
             "image_to_text": self.image_to_text.to_json(),
@@ -87,6 +99,7 @@ class Retrieval:
             "chance_image_to_text": self.chance_image_to_text.to_json(),
             "chance_text_to_image": self.chance_text_to_image.to_json(),
             "bad_rows": self.bad_rows,
+            "pictureless_rows": self.pictureless_rows,
             "uncaptioned_rows": self.uncaptioned_rows,
             "capacity": self.capacity,
             "examples": [
@@ -109,56 +122,75 @@ def retrieval(
 
     Raises UserError where no row has a caption and a picture that can be decoded, or an embedding is not finite.
     """
-    captions = first_captions(shards)
-    pictures = embed_pictures(model, run, shards, mesh=mesh, device=device, progress=progress)
-    used = [number for number, good in enumerate(pictures.good_R.tolist()) if good and captions[number] is not None]
-    if not used:
-        raise UserError(
-            f"{shards.path}: no row has both a caption and a picture that can be decoded: pack again", told_by=0
-        )
-    carried = one_text_each([captions[number] or "" for number in used])
-    text_XP = embed_texts(model, run, tokenizer, carried.texts, mesh=mesh, device=device, progress=progress)
-    image_RP = pictures.image_RP[torch.tensor(used, device=device)]
-    text_R = carried.text_R.to(device)
+    return retrieval_of(Embedder(model, run, shards, tokenizer, mesh=mesh, device=device, progress=progress))
+
+
+def retrieval_of(embedder: Embedder) -> Retrieval:
+    """As `retrieval`, with the embeddings that other tasks may have asked for already."""
+    rows, run = embedder.rows, embedder.run
+    check_pairs(rows, needed_by="retrieval")
+    used, most = usable_pairs(embedder), 1 if run.eval.captions == "first" else None
+    carried = texts_of_pictures([rows.captions[number][:most] for number in used])
+    text_XP = embedder.texts(carried.texts)
+    image_RP = embedder.pictures.image_RP[torch.tensor(used, device=embedder.device)]
     first = _first_both_ways(image_RP, text_XP)
-    number_X = torch.arange(len(carried.texts), device=device)
-    pictures_of_X = carried.text_R.bincount().tolist()
+    link_L2 = carried.link_L2.to(embedder.device)
+    texts_of_R, pictures_of_X = (carried.link_L2[:, side].bincount().tolist() for side in (0, 1))
     return Retrieval(
+        captions=run.eval.captions,
         rows=len(used),
         texts=len(carried.texts),
-        image_to_text=Recall(*hit_fracs(first.text_R10, text_R, number_X, COUNTS)),
-        text_to_image=Recall(*hit_fracs(first.image_X10, number_X, text_R, COUNTS)),
-        chance_image_to_text=Recall(*(chance_frac(len(carried.texts), 1, count) for count in COUNTS)),
+        image_to_text=Recall(*linked_fracs(first.text_R10, link_L2, COUNTS)),
+        text_to_image=Recall(*linked_fracs(first.image_X10, link_L2.flip(1), COUNTS)),
+        chance_image_to_text=Recall(*(_mean_chance(len(carried.texts), texts_of_R, count) for count in COUNTS)),
         chance_text_to_image=Recall(*(_mean_chance(len(used), pictures_of_X, count) for count in COUNTS)),
-        bad_rows=int((~pictures.good_R).sum()),
-        uncaptioned_rows=sum(caption is None for caption in captions),
+        bad_rows=embedder.undecodable(),
+        pictureless_rows=rows.pictureless,
+        uncaptioned_rows=rows.uncaptioned,
         capacity=run.moe.eval_capacity,
-        examples=_examples(shards, used, carried, first),
+        examples=_examples(embedder.shards, used, carried, first),
     )
 
 
-def first_captions(shards: ShardSet) -> list[str | None]:
-    """The first caption of every row, in the order of the rows; None where a row has none."""
-    rows = (shards.row(number) for number in range(len(shards)))
-    return [row.captions[0] if row.captions else None for row in rows]
+def usable_pairs(embedder: Embedder) -> list[int]:
+    """The rows that have a caption and a picture that was decoded. Raises UserError where none has.
+
+    A collective over all ranks, where the pictures were not embedded yet.
+    """
+    rows = embedder.rows
+    good = embedder.pictures.good_R.tolist()
+    used = [number for number, captions in enumerate(rows.captions) if captions and good[number]]
+    if not used:
+        raise UserError(
+            f"{rows.place}: no row has both a caption and a picture that can be decoded: pack again", told_by=0
+        )
+    return used
 
 
 @dataclass(frozen=True)
 class Carried:
     texts: tuple[str, ...]
     """X distinct texts, in the order in which they are first met."""
-    text_R: Tensor
-    """(R,) int64 on the CPU: the text that each picture carries."""
+    first_R: Tensor
+    """(R,) int64 on the CPU: the text of each picture's first caption."""
+    link_L2: Tensor
+    """(L, 2) int64 on the CPU: a picture, and a text that it carries; each link once."""
 
 
-def one_text_each(captions: Sequence[str]) -> Carried:
-    """The distinct texts among R captions, and which of them each is."""
+def texts_of_pictures(captions: Sequence[Sequence[str]]) -> Carried:
+    """The distinct texts among the captions of R pictures, none of them without, and who carries which."""
     number_of: dict[str, int] = {}
     texts: list[str] = []
-    for caption in captions:
-        if number_of.setdefault(normalised(caption), len(texts)) == len(texts):
-            texts.append(caption)
-    return Carried(tuple(texts), torch.tensor([number_of[normalised(caption)] for caption in captions]))
+    links: dict[tuple[int, int], None] = {}
+    firsts = []
+    for picture, own in enumerate(captions):
+        for caption in own:
+            number = number_of.setdefault(normalised(caption), len(texts))
+            if number == len(texts):
+                texts.append(caption)
+            links[picture, number] = None
+        firsts.append(number_of[normalised(own[0])])
+    return Carried(tuple(texts), torch.tensor(firsts), torch.tensor(list(links)))
 
 
 @dataclass(frozen=True)
@@ -174,14 +206,16 @@ def _first_both_ways(image_RP: Tensor, text_XP: Tensor) -> _First:
     return _First(nearest_keys(image_RP, text_XP, most), nearest_keys(text_XP, image_RP, most))
 
 
-def _mean_chance(pictures: int, pictures_of_X: Sequence[int], count: int) -> float:
-    return sum(chance_frac(pictures, right, count) for right in pictures_of_X) / len(pictures_of_X)
+def _mean_chance(keys: int, right: Sequence[int], count: int) -> float:
+    """right: of each query, how many keys are right."""
+    times = Counter(right)
+    return sum(chance_frac(keys, number, count) * often for number, often in times.items()) / len(right)
 
 
 def _examples(shards: ShardSet, used: Sequence[int], carried: Carried, first: _First) -> tuple[Found, ...]:
     examples = []
     for i in evenly_spread(len(used)):
-        text = int(carried.text_R[i])
+        text = int(carried.first_R[i])
         examples.append(
             Found(
                 row=used[i],

@@ -1,7 +1,8 @@
 """Zero-shot classification: a picture belongs to the class whose prompts lie nearest to it.
 
 Protocol of LiT (arXiv 2111.07991), which LIMoE's evaluation follows (section 3.1): every name of a class goes into
-every template, the embeddings are averaged and brought back to length 1, and the largest dot product wins.
+every template, the embeddings are averaged and brought back to length 1, and the largest dot product wins. Prompts are
+as written, or canonical as in big_vision: without punctuation, as `limoe eval zeroshot --classes FILE` makes them.
 
 Shapes: R pictures, K classes, X prompts, P embedding width.
 """
@@ -10,28 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
+from limoe_dist.config.templates import expanded
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.tokenizer import Tokenizer
 from limoe_dist.equations.contrastive import normalize
 from limoe_dist.eval.classes import (
     NO_CLASS,
     ClassNames,
+    canonical,
     check_templates,
     classes_of_concepts,
     concepts_of,
     true_classes,
 )
-from limoe_dist.eval.embed import Progress, embed_pictures, embed_texts, silent
+from limoe_dist.eval.embed import Embedder, Progress, silent
 from limoe_dist.eval.ranking import chance_frac, evenly_spread, hit_fracs, nearest_keys
 from limoe_dist.model.tower import Limoe
 from limoe_dist.parallel.mesh import Mesh
+
+PromptStyle = Literal["written", "canonical"]
+"""As the templates and names are written; or both as `canonical` makes them."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,15 @@ class ZeroShot:
     """What guessing gives."""
     bad_rows: int
     """Rows whose picture could not be decoded."""
+    pictureless_rows: int
+    """Rows that hold no picture."""
     unnamed_rows: int
     """Rows without a concept."""
     templates: tuple[str, ...]
+    """As eval.templates names them."""
+    templates_used: int
+    """Templates behind them: clip stands for 80."""
+    prompts: PromptStyle
     capacity: str
     """moe.eval_capacity; with "paper", embeddings depend on the batch that they are in."""
     examples: tuple[Guess, ...]
@@ -79,8 +91,11 @@ class ZeroShot:
             "chance_top1": self.chance_top1,
             "chance_top5": self.chance_top5,
             "bad_rows": self.bad_rows,
+            "pictureless_rows": self.pictureless_rows,
             "unnamed_rows": self.unnamed_rows,
             "templates": list(self.templates),
+            "templates_used": self.templates_used,
+            "prompts": self.prompts,
             "capacity": self.capacity,
             "examples": [vars(guess) | {"first": list(guess.first)} for guess in self.examples],
         }
@@ -95,6 +110,7 @@ def zeroshot(
     mesh: Mesh,
     device: torch.device,
     classes: Sequence[ClassNames] | None = None,
+    prompts: PromptStyle = "written",
     progress: Progress = silent,
 ) -> ZeroShot:
     """Classifies every picture of the manifest; the same result on every rank. A collective over all ranks.
@@ -102,15 +118,24 @@ def zeroshot(
     classes: None takes the manifest's distinct concepts. Raises UserError where a row's concept is no class, no row
     has a concept, no picture can be decoded, a template has no {} or an embedding is not finite.
     """
+    embedder = Embedder(model, run, shards, tokenizer, mesh=mesh, device=device, progress=progress)
+    return zeroshot_of(embedder, classes=classes, prompts=prompts)
+
+
+def zeroshot_of(
+    embedder: Embedder, *, classes: Sequence[ClassNames] | None = None, prompts: PromptStyle = "written"
+) -> ZeroShot:
+    """As `zeroshot`, with the embeddings that other tasks may have asked for already."""
+    shards, run, device = embedder.shards, embedder.run, embedder.device
     concepts = concepts_of(shards)
     place = str(shards.path)
     if classes is None:
         classes = classes_of_concepts(concepts, place=place)
     class_R = torch.tensor(true_classes(concepts, classes, place=place), device=device)
-    prompts = class_prompts(classes, run.eval.templates)
-    text_XP = embed_texts(model, run, tokenizer, prompts.texts, mesh=mesh, device=device, progress=progress)
-    class_KP = class_embeddings(text_XP, prompts.class_X.to(device), len(classes))
-    pictures = embed_pictures(model, run, shards, mesh=mesh, device=device, progress=progress)
+    made = class_prompts(classes, run.eval.templates, style=prompts)
+    text_XP = embedder.texts(made.texts)
+    class_KP = class_embeddings(text_XP, made.class_X.to(device), len(classes))
+    pictures = embedder.pictures
     used_R = (class_R != NO_CLASS) & pictures.good_R
     if not used_R.any():
         raise UserError(f"{place}: no row has both a concept and a picture that can be decoded: pack again", told_by=0)
@@ -124,9 +149,12 @@ def zeroshot(
         top5=top5,
         chance_top1=chance_frac(len(classes), 1, 1),
         chance_top5=chance_frac(len(classes), 1, 5),
-        bad_rows=int((~pictures.good_R).sum()),
+        bad_rows=embedder.undecodable(),
+        pictureless_rows=embedder.rows.pictureless,
         unnamed_rows=int((class_R == NO_CLASS).sum()),
         templates=run.eval.templates,
+        templates_used=len(expanded(run.eval.templates)),
+        prompts=prompts,
         capacity=run.moe.eval_capacity,
         examples=_examples(shards, row, first_R5, classes),
         row_R=row.cpu(),
@@ -142,9 +170,17 @@ class Prompts:
     """(X,) int64: the class of each."""
 
 
-def class_prompts(classes: Sequence[ClassNames], templates: Sequence[str]) -> Prompts:
-    """Every name of every class in every template. Raises UserError for no template, and for one without {}."""
+def class_prompts(
+    classes: Sequence[ClassNames], templates: Sequence[str], *, style: PromptStyle = "written"
+) -> Prompts:
+    """Every name of every class in every template, a set's name standing for its templates.
+
+    Raises UserError for no template, for one without {}, and where names become empty or equal in canonical prompts.
+    """
     check_templates(templates)
+    templates = expanded(templates)
+    if style == "canonical":
+        templates, classes = [canonical(each, keep="{}") for each in templates], _canonical_names(classes)
     made = [
         (template.replace("{}", name), number)
         for number, names in enumerate(classes)
@@ -152,6 +188,23 @@ def class_prompts(classes: Sequence[ClassNames], templates: Sequence[str]) -> Pr
         for template in templates
     ]
     return Prompts(texts=tuple(text for text, _ in made), class_X=torch.tensor([number for _, number in made]))
+
+
+def _canonical_names(classes: Sequence[ClassNames]) -> list[ClassNames]:
+    """A class file cannot have what is refused here; the concepts of shards can."""
+    written: dict[str, str] = {}
+    for names in classes:
+        for name in names:
+            short = canonical(name)
+            if not short or short in written:
+                fault = f'the same as "{written[short]}"' if short else "nothing"
+                raise UserError(
+                    f'canonical prompts leave out punctuation, and class "{name}" is then {fault}: '
+                    "use --prompts written, or a class file",
+                    told_by=0,
+                )
+            written[short] = name
+    return [tuple(canonical(name) for name in names) for names in classes]
 
 
 def class_embeddings(text_XP: Tensor, class_X: Tensor, num_classes: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""Evaluation in the middle of training: zero-shot and retrieval on shards that are never trained on."""
+"""Evaluation in the middle of training: zero-shot, retrieval and contrastive accuracy on shards never trained on.
+
+All three share one embedding of the pictures.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Any
 import torch
 
 from limoe_dist.config.schema import Run
-from limoe_dist.eval.retrieval import Retrieval, retrieval
-from limoe_dist.eval.zeroshot import ZeroShot, zeroshot
+from limoe_dist.eval.contrastive import Contrastive, contrastive_of
+from limoe_dist.eval.embed import Embedder
+from limoe_dist.eval.retrieval import Retrieval, retrieval_of
+from limoe_dist.eval.zeroshot import ZeroShot, zeroshot_of
 from limoe_dist.model.tower import Limoe
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train.inputs import Inputs
@@ -20,27 +25,30 @@ from limoe_dist.train.inputs import Inputs
 class Evaluation:
     zeroshot: ZeroShot | None
     """None where the validation rows have no concepts to choose between."""
-    retrieval: Retrieval
+    retrieval: Retrieval | None
+    contrastive: Contrastive | None
+    """None where no validation row has both a picture and a caption."""
 
     def to_json(self) -> dict[str, Any]:
         """Without the examples, which `limoe eval` writes: a long run evaluates often."""
-        found = {"zeroshot": self.zeroshot.to_json()} if self.zeroshot else {}
-        found |= {"retrieval": self.retrieval.to_json()}
+        results = {"zeroshot": self.zeroshot, "retrieval": self.retrieval, "contrastive": self.contrastive}
+        found = {task: result.to_json() for task, result in results.items() if result is not None}
         return {task: {k: v for k, v in figures.items() if k != "examples"} for task, figures in found.items()}
 
     def line(self) -> str:
         """For a person who watches."""
-        classes, found = self.zeroshot, self.retrieval
-        parts = [
-            f"retrieval R@1 image to text {found.image_to_text.at1:.1%}, text to image {found.text_to_image.at1:.1%}"
-        ]
-        if classes is not None:
-            parts.insert(
-                0,
+        parts = []
+        if (classes := self.zeroshot) is not None:
+            parts.append(
                 f"zero-shot top-1 {classes.top1:.1%} top-5 {classes.top5:.1%} "
-                f"(chance {classes.chance_top1:.2%}, {classes.chance_top5:.2%})",
+                f"(chance {classes.chance_top1:.2%}, {classes.chance_top5:.2%})"
             )
-        return "validation: " + "; ".join(parts)
+        if (found := self.retrieval) is not None:
+            recalls = f"image to text {found.image_to_text.at1:.1%}, text to image {found.text_to_image.at1:.1%}"
+            parts.append(f"retrieval R@1 {recalls}")
+        if (pairs := self.contrastive) is not None:
+            parts.append(f"contrastive accuracy {pairs.accuracy:.1%} in {pairs.minibatch} pairs")
+        return "validation: " + ("; ".join(parts) or "no row has a concept or a caption beside its picture")
 
 
 def evaluate(
@@ -56,7 +64,10 @@ def evaluate(
     def progress(what: str, done: int, total: int) -> None:
         between()
 
-    found = None
-    if classes is not None:
-        found = zeroshot(model, run, shards, tokenizer, mesh=mesh, device=device, classes=classes, progress=progress)
-    return Evaluation(found, retrieval(model, run, shards, tokenizer, mesh=mesh, device=device, progress=progress))
+    embedder = Embedder(model, run, shards, tokenizer, mesh=mesh, device=device, progress=progress)
+    pairs = embedder.rows.pairs > 0
+    return Evaluation(
+        zeroshot=zeroshot_of(embedder, classes=classes) if classes is not None else None,
+        retrieval=retrieval_of(embedder) if pairs else None,
+        contrastive=contrastive_of(embedder) if pairs else None,
+    )

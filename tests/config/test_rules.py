@@ -27,7 +27,7 @@ BROKEN = {
     "a template without a place for the class": (
         {"eval.templates": ("{}", "a picture")},
         None,
-        'eval.templates: "a picture" must hold {} where the class name goes',
+        'eval.templates: "a picture" must hold {} where the class name goes, or be the name of a set: clip',
     ),
     "a block that does not exist": (
         {"moe.blocks": (1, 4)},
@@ -52,12 +52,67 @@ BROKEN = {
     "an image threshold above the number of experts": (
         {"moe.min_image_experts": 8.5},
         None,
-        "moe.min_image_experts=8.5 can never be met with moe.num_experts=8: use 1 to 8",
+        "moe.min_image_experts=8.5 can never be met with moe.num_experts=8: the threshold log(8.5) = 2.14 nats is not "
+        "within 0 and log(8) = 2.08: use 1 to 8",
     ),
     "a text threshold above the number of experts": (
         {"moe.min_text_experts": 9},
         None,
-        "moe.min_text_experts=9 can never be met with moe.num_experts=8: use 1 to 8",
+        "moe.min_text_experts=9 can never be met with moe.num_experts=8: the threshold log(9) = 2.20 nats is not "
+        "within 0 and log(8) = 2.08: use 1 to 8",
+    ),
+    "a threshold above a pool's experts": (
+        {"moe.image_experts": 6, "moe.min_text_experts": 3.0},
+        None,
+        "moe.min_text_experts=3 can never be met with moe.num_experts=8, moe.image_experts=6: the threshold log(3) "
+        "= 1.10 nats is not within 0 and log(2) = 0.69: use 1 to 2",
+    ),
+    "a pool that takes all experts": (
+        {"moe.image_experts": 8, "moe.global_text": 0.0},
+        None,
+        "moe.image_experts=8 leaves texts no expert of moe.num_experts=8: use 1 to 7, or 0 for experts that serve both",
+    ),
+    "more choices than a pool has": (
+        {"moe.image_experts": 7, "moe.top_k": 2, "moe.global_text": 0.0},
+        None,
+        "moe.top_k=2 must not exceed the smaller pool of experts, 1: use 1 to 1",
+    ),
+    "less than a slot for an expert": (
+        {"moe.capacity_factor": 0.001},
+        None,
+        "moe.capacity_factor=0.001 leaves an expert less than one slot: a group has 1024 tokens (moe.group_pairs=32) "
+        "for moe.num_experts=8: use at least 0.00781",
+    ),
+    "a capacity in evaluation that nothing asks for": (
+        {"moe.eval_capacity_factor": 2.0},
+        None,
+        "moe.eval_capacity_factor=2 needs moe.eval_capacity=paper: with full, nothing is dropped in evaluation",
+    ),
+    "two towers with experts": (
+        {"model.towers": "two"},
+        None,
+        "model.towers=two has no mixture of experts, but moe.blocks=(1, 3): use moe.blocks=() or towers=one",
+    ),
+    "pruned experts of one block alone": (
+        {"moe.kept_experts": ("0 1",)},
+        None,
+        "moe.kept_experts has 1 entries for the 2 blocks of moe.blocks=(1, 3): give one for each, "
+        "as `limoe prune` does",
+    ),
+    "pruned experts that do not exist": (
+        {"moe.kept_experts": ("0 1", "7 8")},
+        None,
+        'moe.kept_experts: "7 8" must be rising numbers of experts, 0 to 7, as "0 4 7"',
+    ),
+    "pruned experts on several ranks": (
+        {"moe.kept_experts": ("0 1", "2 3"), "parallel.ep": 2},
+        2,
+        "parallel.ep=2 cannot share experts that were pruned (moe.kept_experts): use parallel.ep=1",
+    ),
+    "fewer experts left than a token chooses": (
+        {"moe.kept_experts": ("0 1", "2"), "moe.top_k": 2},
+        None,
+        'moe.kept_experts: "2" has fewer experts than moe.top_k=2: keep more',
     ),
     "a load loss without noise": (
         {"moe.load": 1.0, "moe.noise_std": 0.0},

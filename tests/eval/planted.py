@@ -75,4 +75,4 @@ class PlantedModel(nn.Module):
             image = self.image_RP[number]
         if tokens is not None:
             text = self.text_XP[tokens[:, 0]]
-        return TowerOutput(image_BP=image, text_BP=text, records={})
+        return TowerOutput(image_BP=image, text_BP=text, records={}, image_BD=image)

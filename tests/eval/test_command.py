@@ -17,6 +17,8 @@ from limoe_dist.config.parse import save_run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.manifest import sha256_of
 from limoe_dist.data.tokenizer import open_tokenizer
+from limoe_dist.eval.contrastive import contrastive
+from limoe_dist.eval.fewshot import Shots, fewshot
 from limoe_dist.eval.retrieval import retrieval
 from limoe_dist.eval.zeroshot import zeroshot
 from limoe_dist.parallel.mesh import Mesh
@@ -90,6 +92,69 @@ def test_retrieval_writes_what_the_library_finds(
     assert "image to text" in capsys.readouterr().out
 
 
+def test_all_captions_can_be_asked_for(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    assert main(on(trained, "retrieval", "--captions", "all", "--json", str(path))) == 0
+    found = result(path)["retrieval"]
+    assert isinstance(found, dict)
+    # 13 rows of 8 concepts, with two captions for each concept.
+    assert (found["captions"], found["texts"]) == ("all", 16)
+    assert "16 texts (all captions)" in capsys.readouterr().out
+
+
+def test_contrastive_writes_what_the_library_finds(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(on(trained, "contrastive", "--minibatch", "5")) == 0
+    run, shards = laid_out(tp=1, ep=1), ShardSet(trained.validation)
+    run = run.model_copy(update={"eval": run.eval.model_copy(update={"minibatch": 5})})
+    tokenizer = open_tokenizer(run, shards.manifest, shards.folder)
+    expected = contrastive(small_model(), run, shards, tokenizer, mesh=Mesh.single(), device=CPU)
+    found = result(trained.folder / "eval-contrastive-7.json")
+    assert found["contrastive"] == expected.to_json()
+    shown = capsys.readouterr().out
+    assert "contrastive accuracy at step 7: 2 minibatches of 5 pairs" in shown
+    assert "left out: 3 of the last minibatch" in shown
+    assert main(on(trained, "contrastive")) == 0
+    assert "fewer than the 1024 pairs of a minibatch: all are one" in capsys.readouterr().out
+
+
+def test_fewshot_writes_what_the_library_finds_and_needs_no_vocabulary(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    options = ["--shots", "3", "--seeds", "2", "--l2", "1024", "1", "--json", str(path)]
+    # The vocabulary's path is not even looked at.
+    assert main(on(trained, "fewshot", *options, "--tokenizer", "nowhere.model")) == 0
+    run, shots = laid_out(tp=1, ep=1), Shots(shots=3, seeds=2, l2=(1024.0, 1.0))
+    training, shards = ShardSet(trained.training), ShardSet(trained.validation)
+    expected = fewshot(small_model(), run, training, shards, shots, mesh=Mesh.single(), device=CPU)
+    assert result(path)["fewshot"] == {"training_data": str(trained.training)} | expected.to_json()
+    shown = capsys.readouterr().out
+    assert "3-shot at step 7: 13 pictures, 8 classes" in shown
+    assert "2 draws of about 24 training pictures, 16" in shown
+
+
+def test_a_class_file_makes_prompts_canonical_unless_told_otherwise(trained: Trained, tmp_path: Path) -> None:
+    names = tmp_path / "classes.txt"
+    names.write_text("red square\ngreen circle\nblue stripe\nwhite moon\nblack cat\nyellow sun\nold tree\nnew boat")
+    styles = []
+    for options in ([], ["--classes", str(names)], ["--classes", str(names), "--prompts", "written"]):
+        path = tmp_path / "result.json"
+        assert main(on(trained, "zeroshot", "--neighbours", "none", "--json", str(path), *options)) == 0
+        found = result(path)["zeroshot"]
+        assert isinstance(found, dict)
+        styles.append(found["prompts"])
+    assert styles == ["written", "canonical", "written"]
+
+
+def test_clip_s_templates_have_a_name(trained: Trained, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    options = ["--templates", "clip", "{}", "--neighbours", "none", "--json", str(path)]
+    assert main(on(trained, "zeroshot", *options)) == 0
+    found = result(path)["zeroshot"]
+    assert isinstance(found, dict)
+    assert (found["templates"], found["templates_used"]) == (["clip", "{}"], 81)
+
+
 def test_ranks_change_nothing_but_their_number(trained: Trained, tmp_path: Path) -> None:
     # A process of its own: the launcher sets environment variables and signal handlers.
     one, two = tmp_path / "one.json", tmp_path / "two.json"
@@ -137,6 +202,27 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(
     trained: Trained, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     assert cli.main(["eval", *on(trained, "zeroshot", *options)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("contrastive", ["--minibatch", "1"], "--minibatch=1: must be 2 or more"),
+        ("fewshot", ["--shots", "0"], "--shots=0: must be 1 or more"),
+        ("fewshot", ["--seeds", "-1"], "--seeds=-1: must be 1 or more"),
+        ("fewshot", ["--l2", "1", "0"], "--l2=0: a penalty must be above 0"),
+        ("fewshot", ["--l2", "nan"], "--l2=nan: a penalty must be above 0"),
+        ("fewshot", ["--train", "nowhere.json"], "nowhere.json: cannot be read"),
+        ("fewshot", [], "--shots=10: 0 of the 8 classes"),
+    ],
+)
+def test_what_is_wrong_with_other_tasks_is_one_line_too(
+    trained: Trained, capsys: pytest.CaptureFixture[str], task: str, options: list[str], message: str
+) -> None:
+    assert cli.main(["eval", *on(trained, task, *options)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]

@@ -12,6 +12,7 @@ from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.evaluation import decode_rows
 from limoe_dist.data.tokenizer import open_tokenizer
+from limoe_dist.eval.contrastive import contrastive
 from limoe_dist.eval.embed import embed_pictures, embed_texts, pass_size
 from limoe_dist.eval.retrieval import retrieval
 from limoe_dist.eval.zeroshot import zeroshot
@@ -60,6 +61,30 @@ def test_with_the_training_capacity_it_would_depend_on_it(tmp_path: Path) -> Non
     run, shards = with_moe(eval_capacity="paper"), small_set(tmp_path)
     together = embed_pictures(small_model(run), run, shards, mesh=Mesh.single(), device=CPU).image_RP
     assert (together - pictures_one_by_one(run, shards)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("batch_pairs", [3, 4, 64])
+def test_the_training_capacity_is_obeyed_for_pictures_and_for_texts_alone(tmp_path: Path, batch_pairs: int) -> None:
+    # Passes of 3 (no multiple of group_pairs = 4: one group), of 4 (a group), and of all 11 rows at once.
+    evaluation = RUN.eval.model_copy(update={"batch_pairs": batch_pairs})
+    run = with_moe(eval_capacity="paper").model_copy(update={"eval": evaluation})
+    shards = small_set(tmp_path)
+    pictures = embed_pictures(small_model(run), run, shards, mesh=Mesh.single(), device=CPU)
+    assert pictures.good_R.all()
+    assert torch.allclose(pictures.image_RP.norm(dim=1), torch.ones(11), atol=1e-5)
+    texts = texts_of(run, shards, TEXTS, mesh=Mesh.single())
+    assert torch.allclose(texts.norm(dim=1), torch.ones(len(TEXTS)), atol=1e-5)
+    tokenizer = open_tokenizer(run, shards.manifest, shards.folder)
+    found = zeroshot(small_model(run), run, shards, tokenizer, mesh=Mesh.single(), device=CPU)
+    assert (found.rows, found.capacity) == (11, "paper")
+
+
+def test_texts_of_rows_without_pictures_can_be_embedded(tmp_path: Path) -> None:
+    with_pictures = small_set(tmp_path / "a", rows=3)
+    texts_alone = ShardSet(write_shards(tmp_path / "b", rows=3, pictures=dict.fromkeys(range(3), b"")))
+    captions = tuple(texts_alone.row(number).captions[0] for number in range(3))
+    found = texts_of(RUN, texts_alone, captions, mesh=Mesh.single())
+    assert torch.equal(found, texts_of(RUN, with_pictures, captions, mesh=Mesh.single()))
 
 
 def test_a_text_s_embedding_does_not_depend_on_its_batch(tmp_path: Path) -> None:
@@ -150,8 +175,12 @@ def test_texts_of_diverged_weights_are_refused(tmp_path: Path) -> None:
 
 
 def evaluated(folder: Path, tp: int, ep: int) -> dict[str, object]:
-    """What one rank finds: all embeddings, and both tasks' results."""
+    """What one rank finds: all embeddings, and the tasks' results."""
     run, shards = laid_out(tp=tp, ep=ep), ShardSet(folder)
+    all_captions, minibatches = (
+        run.model_copy(update={"eval": run.eval.model_copy(update=settings)})
+        for settings in ({"captions": "all"}, {"minibatch": 5})
+    )
     mesh = Mesh.build(tp=tp, ep=ep) if torch.distributed.is_initialized() else Mesh.single()
     model = small_model(run, mesh=mesh)
     tokenizer = open_tokenizer(run, shards.manifest, shards.folder)
@@ -160,6 +189,8 @@ def evaluated(folder: Path, tp: int, ep: int) -> dict[str, object]:
         "texts": embed_texts(model, run, tokenizer, TEXTS, mesh=mesh, device=CPU),
         "zeroshot": zeroshot(model, run, shards, tokenizer, mesh=mesh, device=CPU).to_json(),
         "retrieval": retrieval(model, run, shards, tokenizer, mesh=mesh, device=CPU).to_json(),
+        "all captions": retrieval(model, all_captions, shards, tokenizer, mesh=mesh, device=CPU).to_json(),
+        "contrastive": contrastive(model, minibatches, shards, tokenizer, mesh=mesh, device=CPU).to_json(),
     }
 
 
@@ -172,5 +203,5 @@ def test_two_ranks_find_what_one_process_finds(tmp_path: Path, ranks2: RanksPool
         for name in ("pictures", "texts"):
             # 1e-5: sums in another order, in float32.
             assert torch.allclose(found[name], expected[name], atol=1e-5, rtol=0)  # type: ignore[arg-type]
-        assert found["zeroshot"] == expected["zeroshot"]
-        assert found["retrieval"] == expected["retrieval"]
+        for task in ("zeroshot", "retrieval", "all captions", "contrastive"):
+            assert found[task] == expected[task]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from limoe_dist.eval import ranking
-from limoe_dist.eval.ranking import chance_frac, evenly_spread, first_places, hit_fracs, nearest_keys
+from limoe_dist.eval.ranking import chance_frac, evenly_spread, first_places, hit_fracs, linked_fracs, nearest_keys
 
 
 def test_the_best_come_first_and_of_equal_scores_the_lower_number() -> None:
@@ -41,6 +41,13 @@ def test_a_query_hits_where_any_key_of_its_label_is_near_enough() -> None:
     labels = torch.tensor([7, 8, 9, 7])
     # Query 0 hits at once, query 1 at its third place (key 2), query 2 at its third, query 3 never.
     assert hit_fracs(places, labels, torch.tensor([7, 8, 8, 9]), (1, 2, 3)) == [0.25, 0.25, 0.75]
+
+
+def test_a_query_hits_where_any_key_linked_to_it_is_near_enough() -> None:
+    places = torch.tensor([[0, 1, 2], [0, 3, 2], [3, 1, 0]])
+    # Query 0 is linked to keys 1 and 2: second place. Query 1 to key 0: first. Query 2 to key 2, which is not there.
+    links = torch.tensor([[0, 1], [0, 2], [1, 0], [2, 2]])
+    assert linked_fracs(places, links, (1, 2, 3)) == [1 / 3, 2 / 3, 2 / 3]
 
 
 @pytest.mark.parametrize(("keys", "right", "count"), [(6, 1, 1), (6, 2, 3), (5, 3, 2), (5, 4, 2), (3, 1, 5)])

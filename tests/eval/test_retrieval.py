@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -9,17 +10,19 @@ from torch import Tensor
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.data.arrow import ShardSet
-from limoe_dist.eval.retrieval import Recall, Retrieval, one_text_each, retrieval
+from limoe_dist.eval.retrieval import Recall, Retrieval, retrieval, texts_of_pictures
 from limoe_dist.parallel.mesh import Mesh
 from tests.eval.planted import CPU, RUN, PlantedModel, PlantedTokenizer, flat_shards
 from tests.support.shards import truncated
 
 
-def retrieve(shards: ShardSet, image: Tensor, text: Tensor, texts: list[str]) -> Retrieval:
+def retrieve(
+    shards: ShardSet, image: Tensor, text: Tensor, texts: list[str], *, captions: Literal["first", "all"] = "first"
+) -> Retrieval:
     model = PlantedModel(image, text)
     return retrieval(
         model,  # type: ignore[arg-type]
-        RUN,
+        RUN.model_copy(update={"eval": RUN.eval.model_copy(update={"captions": captions})}),
         shards,
         PlantedTokenizer(texts),  # type: ignore[arg-type]
         mesh=Mesh.single(),
@@ -66,10 +69,49 @@ def test_equal_captions_are_one_text_and_any_of_its_pictures_is_right(tmp_path: 
     assert found.examples[0].rows == (2, 0, 1)
 
 
-def test_one_text_each_keeps_the_first_spelling() -> None:
-    carried = one_text_each(["Bear", "tulip", "bear ", "kiwi", "Tulip"])
-    assert carried.texts == ("Bear", "tulip", "kiwi")
-    assert carried.text_R.tolist() == [0, 1, 0, 2, 1]
+def test_equal_captions_are_one_text_that_keeps_its_first_spelling() -> None:
+    # Picture 0 has two captions that are equal, and so one link; picture 3's first caption is picture 0's other one.
+    carried = texts_of_pictures([["Bear", "bear ", "grizzly"], ["tulip"], ["bear ", "Tulip"], ["Grizzly"]])
+    assert carried.texts == ("Bear", "grizzly", "tulip")
+    assert carried.first_R.tolist() == [0, 2, 0, 1]
+    assert carried.link_L2.tolist() == [[0, 0], [0, 1], [1, 2], [2, 0], [2, 2], [3, 1]]
+
+
+def test_with_all_captions_any_of_them_is_right_and_each_is_a_query(tmp_path: Path) -> None:
+    # Texts a, b, c, d are the axes. Picture 0 carries a and b, picture 1 carries c, picture 2 carries d and b again.
+    captions = {0: ["a", "b"], 1: ["c"], 2: ["d", "B", "d "]}
+    image = torch.tensor(
+        [
+            [0.1, 0.8, 0.9, 0.0],  # finds c, b: right at place 2
+            [0.0, 0.7, 0.6, 0.0],  # finds b, c: right at place 2
+            [0.2, 0.9, 0.0, 0.8],  # finds b: right at once, by its second caption
+        ]
+    )
+    found = retrieve(flat_shards(tmp_path, 3, captions=captions), image, torch.eye(4), list("abcd"), captions="all")
+    assert (found.rows, found.texts, found.captions) == (3, 4, "all")
+    assert found.image_to_text == Recall(1 / 3, 1.0, 1.0)
+    # a finds picture 2 (0.2 to 0.1), b picture 2, which carries it, c picture 0, d picture 2.
+    assert found.text_to_image == Recall(2 / 4, 1.0, 1.0)
+    # Right among 4 texts: 2, 1 and 2. Right among 3 pictures: 1, 2, 1 and 1.
+    assert found.chance_image_to_text.at1 == pytest.approx((2 + 1 + 2) / 3 / 4)
+    assert found.chance_text_to_image.at1 == pytest.approx((1 + 2 + 1 + 1) / 4 / 3)
+    assert "any text that it carries" in found.to_json()["rule"]
+
+
+def test_coco_s_five_captions_of_a_planted_model(tmp_path: Path) -> None:
+    # Picture i carries texts 5 i to 5 i + 4; text j is the axis j, and picture i points along one of its own: text
+    # 5 i + i. All of its other texts score 0, like everybody else's: ties go to the lower number.
+    captions = {i: [f"text {5 * i + j}" for j in range(5)] for i in range(4)}
+    texts = [text for own in captions.values() for text in own]
+    image = torch.eye(20)[[6 * i for i in range(4)]]
+    found = retrieve(flat_shards(tmp_path, 4, captions=captions), image, torch.eye(20), texts, captions="all")
+    assert found.texts == 20
+    assert found.image_to_text.at1 == 1.0
+    # Texts 0, 6, 12 and 18 find their picture; of the others all find picture 0, right for texts 1 to 4.
+    assert found.text_to_image.at1 == (4 + 4) / 20
+    first = retrieve(flat_shards(tmp_path / "b", 4, captions=captions), image, torch.eye(20), texts)
+    # Texts 0, 5, 10, 15 alone: picture 0 finds text 0; the others have 0 for all, and find text 0 too.
+    assert (first.texts, first.image_to_text.at1, first.text_to_image.at1) == (4, 1 / 4, 1 / 4)
 
 
 def test_rows_without_a_caption_or_a_good_picture_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -84,8 +126,24 @@ def test_rows_without_a_caption_or_a_good_picture_are_left_out_and_counted(tmp_p
 
 def test_nothing_to_find_is_refused(tmp_path: Path) -> None:
     shards = flat_shards(tmp_path, 2, captions={0: [], 1: [""]})
-    with pytest.raises(UserError, match="no row has both a caption and a picture"):
+    with pytest.raises(UserError) as caught:
         retrieve(shards, torch.eye(2), torch.eye(2), [])
+    assert "no row has both a caption and a picture (of its 2 rows, 2 hold a picture alone" in str(caught.value)
+    assert "give --data the manifest of captioned pictures" in str(caught.value)
+
+
+def test_rows_that_have_either_but_never_both_are_refused(tmp_path: Path) -> None:
+    shards = flat_shards(tmp_path, 3, captions={0: [], 1: ["a"], 2: []}, pictures={1: b"", 2: b""})
+    with pytest.raises(UserError, match="1 hold a picture alone, 1 a text alone, 1 neither"):
+        retrieve(shards, torch.eye(3), torch.eye(3), ["a"])
+
+
+def test_texts_alone_are_left_out_and_counted_apart_from_damaged_pictures(tmp_path: Path) -> None:
+    shards = flat_shards(
+        tmp_path, 4, captions={i: [c] for i, c in enumerate("abcd")}, pictures={1: b"", 2: truncated(2)}
+    )
+    found = retrieve(shards, torch.eye(4), torch.eye(4)[[0, 3]], ["a", "d"])
+    assert (found.rows, found.pictureless_rows, found.bad_rows, found.uncaptioned_rows) == (2, 1, 1, 0)
 
 
 def test_a_model_that_embeds_all_alike_gets_chance(tmp_path: Path) -> None:

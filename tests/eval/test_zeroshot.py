@@ -100,6 +100,40 @@ def test_prompts_are_every_name_in_every_template() -> None:
     assert made.class_X.tolist() == [0, 0, 0, 0, 1, 1]
 
 
+def test_canonical_prompts_lose_case_and_punctuation_in_names_and_templates() -> None:
+    made = class_prompts([("Pick-up truck",), ("T_shirt",)], ("A photo of a {}.", "{}!"), style="canonical")
+    assert made.texts == ("a photo of a pickup truck", "pickup truck", "a photo of a t shirt", "t shirt")
+
+
+def test_the_set_clip_is_80_prompts_for_each_name_beside_other_templates() -> None:
+    made = class_prompts([("bear", "grizzly"), ("tulip",)], ("clip", "{}"))
+    assert len(made.texts) == 3 * 81
+    assert made.class_X.bincount().tolist() == [2 * 81, 81]
+    assert made.texts[0] == "a bad photo of a bear."
+    assert made.texts[80] == "bear"
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([("bear!",), ("bear",)], 'class "bear" is then the same as "bear!"'),
+        ([("bear",), ("?",)], 'class "?" is then nothing'),
+    ],
+)
+def test_concepts_that_canonical_prompts_cannot_tell_apart_are_refused(classes: list[ClassNames], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        class_prompts(classes, ("{}",), style="canonical")
+    assert message in str(caught.value)
+
+
+def test_pictures_without_captions_are_classified_and_rows_without_pictures_counted(tmp_path: Path) -> None:
+    # Rows 2 and 6 are texts alone: 0, 1, 3, 4, 5 and 7 remain, of which 0 and 1 are right.
+    shards = flat_shards(tmp_path, 8, captions={row: [] for row in range(8)}, pictures={2: b"", 6: b""})
+    found = classify(shards, preferring(0, 0, 0, 4, 5, 7, 0, 2))
+    assert (found.rows, found.bad_rows, found.pictureless_rows) == (6, 0, 2)
+    assert found.top1 == 2 / 6
+
+
 def test_a_class_is_the_mean_of_its_prompts_at_length_one() -> None:
     # Class 0: (1, 0) and (0, 1) give (0.5, 0.5), at length 1 (0.7071, 0.7071). Class 1 has one prompt.
     text = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
@@ -122,6 +156,12 @@ def test_diverged_weights_are_refused_and_not_counted_as_right(tmp_path: Path) -
 def test_a_set_without_any_good_picture_is_refused(tmp_path: Path) -> None:
     shards = flat_shards(tmp_path, 2, pictures={0: b"", 1: truncated(1)})
     with pytest.raises(UserError, match="none of its 2 pictures can be decoded"):
+        classify(shards, preferring(0, 0))
+
+
+def test_texts_alone_are_refused(tmp_path: Path) -> None:
+    shards = flat_shards(tmp_path, 2, pictures={0: b"", 1: b""})
+    with pytest.raises(UserError, match=r"none of its 2 rows holds a picture \(texts alone\)"):
         classify(shards, preferring(0, 0))
 
 
