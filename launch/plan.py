@@ -1,4 +1,4 @@
-"""`limoe plan PRESET`: what a run consists of, who holds what and what crosses ranks, without training."""
+"""`limoe plan PRESET`: what a run consists of, what a pair costs, who holds what and what crosses ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from launch.counting import Parameters, Shape, count_parameters, first_of_mesh, meta_model, shape_of
+from launch.counting import Cost as ModelCost
+from launch.counting import Parameters, Shape, first_of_mesh, meta_model, shape_of, with_twins
+from launch.named import listing, run_named
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.parse import preset_named
-from limoe_dist.config.presets import names
 from limoe_dist.config.rules import check
 from limoe_dist.config.schema import Parallel, Run
 
@@ -20,14 +20,37 @@ if TYPE_CHECKING:
     from launch.memory import Memory
     from launch.traffic import Exchange
 
+USAGE = """\
+usage: limoe plan PRESET|RECIPE|FILE.json [--ranks N] [--json] [any setting, e.g. --parallel.ep 8]
+
+Counts the parameters of the run and of its dense twins, and the FLOPs of a pair; with --ranks also lays it out.
+
+{listing}
+
+limoe plan PRESET --help lists every setting, and says how FLOPs and bytes are counted.
+
+exit status: 0 done, 2 a setting that you can mend"""
+
 DType = Literal["fp32", "fp64", "bf16"]
 
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """Count the parameters of a run and lay it out on ranks, without training and without memory.
+    """Count the parameters and FLOPs of a run and lay it out on ranks, without training and without memory.
 
-    Parameters are counted from the real modules. Per token: all but the experts that a token does not visit.
+    Parameters are counted from the real modules. Per token: all but what a token does not visit, which are the other
+    experts and, with two routers or two towers, those of the other modality.
+
+    FLOPs of a pair: a forward pass of a picture and a caption, 2 for each multiply-add of a matrix product. With width
+    D, hidden width F, E experts, K choices, n tokens of the picture or of the caption, and embedding width P:
+    - patches: 2 x image tokens x 3 x patch x patch x D
+    - attention in each block: 8 n D D for query, key, value and output; 4 n n D for scores and values
+    - MLP in each dense block: 4 n D F; in each MoE block K x 4 n D F, and 2 n D E for the router
+    - projection: 2 D P for the picture and for the caption
+    - with buffers: in MoE blocks experts x slots / moe.group_pairs x 4 D F, not K x 4 n D F; empty slots are computed
+    - not counted: softmax, norms, GELU, gates, the look-up of pieces, and the 2 x batch x P of the contrastive logits
+
+    So LIMoE with K = 1 and its dense twins of one tower and of two differ by the router, and in training by the slots.
 
     Bytes are closed formulas of the native engine; optim.engine=deepspeed cuts the same tensors in its own way.
     With train.dtype=auto they are given for both of its meanings: bf16 on a GPU, fp32 on a CPU.
@@ -111,6 +134,8 @@ class Layout:
 class Plan:
     preset: str
     parameters: Parameters
+    models: dict[str, ModelCost]
+    """The run itself and its dense twins, of one tower and of two."""
     shape: Shape
     layout: Layout | None
 
@@ -118,11 +143,11 @@ class Plan:
 def main(argv: list[str]) -> int:
     """Runs `limoe plan`; returns its exit status. Lets UserError pass."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage(), file=sys.stdout if argv else sys.stderr)
+        print(USAGE.format(listing=listing()), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0].startswith("-"):
-        raise UserError(f"the preset comes first: limoe plan PRESET {argv[0]} ... (presets: {', '.join(names())})")
-    start = PlanCommand(run=preset_named(argv[0]))
+        raise UserError(f"the preset comes first: limoe plan PRESET {argv[0]} ... (`limoe plan` lists the presets)")
+    start = PlanCommand(run=run_named(argv[0]))
     try:
         command = tyro.cli(PlanCommand, args=argv[1:], prog=f"limoe plan {argv[0]}", default=start)
     except SystemExit as stop:
@@ -139,20 +164,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _usage() -> str:
-    width = max(map(len, names()))
-    presets = "\n".join(f"  {name:<{width}}  {about}" for name, about in names().items())
-    return (
-        "usage: limoe plan PRESET [--ranks N] [--json] [any setting, e.g. --parallel.ep 8]\n\n"
-        f"presets:\n{presets}\n\nlimoe plan PRESET --help lists every setting and says how bytes are counted."
-    )
-
-
 def plan(run: Run, *, world: int | None) -> Plan:
     """Counts the run, and lays it out where `world` is given. Raises ConfigError with every broken rule."""
     # Without ranks, only the model and the cut of the batch into routing groups are judged: one rank, tp = ep = 1.
     check(run if world else run.model_copy(update={"parallel": Parallel()}), world=world or 1)
-    return Plan(run.preset, count_parameters(run), shape_of(run), layout_of(run, world) if world else None)
+    models = with_twins(run)
+    return Plan(
+        run.preset, models["itself"].parameters, models, shape_of(run), layout_of(run, world) if world else None
+    )
 
 
 def layout_of(run: Run, world: int) -> Layout:

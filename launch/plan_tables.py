@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from launch.counting import Cost as ModelCost
 from launch.counting import Parameters, Shape
 from launch.plan import Cost, DType, Layout, Plan
 from launch.traffic import During, Exchange
@@ -26,6 +27,7 @@ Moved = dict[tuple[str, str, str], list[Exchange]]
 def show(found: Plan, run: Run) -> None:
     console = Console(highlight=False)
     console.print(_model_table(found.preset, found.parameters, found.shape))
+    console.print(_twins_table(found.models, run))
     if found.layout is None:
         return
     console.print(_layout_table(found.layout, run))
@@ -59,6 +61,37 @@ def _model_table(preset: str, count: Parameters, shape: Shape) -> Table:
     else:
         rows.append(("MoE blocks", "none: a dense model"))
     return _table(preset, rows)
+
+
+def _twins_table(models: dict[str, ModelCost], run: Run) -> Table:
+    """The run beside its dense twins; ratios against the dense one-tower twin."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, title_justify="left", caption_justify="left")
+    table.title = "beside its dense twins: parameters, and FLOPs of a pair's forward pass"
+    table.add_column("model")
+    for name in ("total", "per token", "FLOPs", "ratio", "with buffers", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    dense = models["dense one-tower"].flops
+    for name, cost in models.items():
+        parameters, flops = cost.parameters, cost.flops
+        table.add_row(
+            f"{name}{' (LIMoE)' if name == 'itself' and run.moe.blocks else ''}",
+            f"{parameters.total / 1e6:,.1f} M",
+            f"{parameters.per_token / 1e6:,.1f} M",
+            f"{_flops(flops.pair)}",
+            f"{flops.pair / dense.pair:.3f}",
+            f"{_flops(flops.pair_with_buffers)}",
+            f"{flops.pair_with_buffers / dense.pair:.3f}",
+        )
+    table.caption = "2 FLOPs a multiply-add; with buffers: empty slots of experts too, as in training"
+    return table
+
+
+def _flops(count: int) -> str:
+    """`123.4 M`, `12.34 G` or `1.23 T`, to four digits."""
+    for unit, size in (("T", 1e12), ("G", 1e9)):
+        if count >= size:
+            return f"{count / size:,.4g} {unit}"
+    return f"{count / 1e6:,.4g} M"
 
 
 def _layout_table(layout: Layout, run: Run) -> Table:

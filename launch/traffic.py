@@ -89,6 +89,9 @@ def _in_blocks(run: Run, shape: Shape, mesh: Mesh, during: During) -> Iterator[E
     """One pass over all blocks and all microbatches of a rank."""
     pairs, parts = run.train.batch_pairs // mesh.world.size, num_microbatches(run, mesh.world.size)
     moe_blocks, blocks = len(shape.moe_blocks), run.model.depth
+    # With two towers pictures and captions go through their own blocks one after the other: twice the calls, as many
+    # bytes; masks are those of captions.
+    towers = 2 if run.model.towers == "two" else 1
     inner = NUMBER_BYTES[run.train.dtype]
     gathered = mesh.tp.size * pairs * shape.tokens_per_pair * run.model.width
     buffers = shape.num_experts * shape.groups // mesh.world.size * shape.capacity * run.model.width
@@ -106,7 +109,7 @@ def _in_blocks(run: Run, shape: Shape, mesh: Mesh, during: During) -> Iterator[E
     moves = "token gradients" if during == "backward" else "tokens"
     for op, axis, times, num_bytes in kinds:
         op = REVERSED[op] if during == "backward" else op
-        yield _exchange(op, axis, moves, during, calls=times * parts, num_bytes=times * num_bytes)
+        yield _exchange(op, axis, moves, during, calls=times * parts * towers, num_bytes=times * num_bytes)
     yield _exchange("all_gather", mesh.tp, "text masks", during, calls=masks * parts, num_bytes=masks * mask_bytes)
 
 

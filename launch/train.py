@@ -11,23 +11,25 @@ from typing import Annotated
 
 import tyro
 
+from launch.named import listing, run_named
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.parse import load_run, preset_named
-from limoe_dist.config.presets import names
+from limoe_dist.config.parse import load_run
 from limoe_dist.config.rules import check, fit_microbatches
 from limoe_dist.config.schema import CountOrZero, Data, Run
 from limoe_dist.data.manifest import load_manifest
+from limoe_dist.data.mixture import absolute, crowded, files_of, load_manifests
 
 USAGE = """\
-usage: limoe train PRESET --data MANIFEST --out RUN [--ranks N] [any setting]
+usage: limoe train PRESET|RECIPE|FILE.json --data MANIFEST --out RUN [--ranks N] [any setting]
        limoe train PRESET ... --init-from RUN                             (begin with another run's weights)
        limoe train --resume RUN [--ranks N] [settings that do not decide results]
        torchrun --nproc-per-node N -m limoe_dist train PRESET ...       (the same run)
 
-presets:
-{presets}
+{listing}
+It gives every setting, data and tokenizer too, and every option still overrides one: a copy of a run with one thing
+changed is `limoe train runs/first/run.json --out runs/second --optim.lr 5e-4`.
 
-`limoe train PRESET --help` lists every setting with the preset's value.
+`limoe train PRESET --help` lists every setting with the value that it has there.
 
 Ctrl-C and SIGTERM save a checkpoint and end; `--resume RUN` goes on from there. --ranks waits train.stop_grace_s
 seconds for that save. Under torchrun, whose own limit is 30 s, pass `--shutdown-timeout 120` to torchrun; it has a
@@ -44,11 +46,12 @@ exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 or 143
 class TrainCommand:
     run: Annotated[Run, tyro.conf.arg(name="")]
     data: str = ""
-    """manifest.json of the training shards; the same as --data.manifest."""
+    """manifest.json of the training shards, in place of all that a FILE.json or a recipe trains on; without those the
+    same as --data.manifest. Several at once, with their shares: --data.mixture."""
     out: str = ""
     """Directory of the run: settings, metrics, checkpoints. It must be new or empty."""
     resume: str = ""
-    """Directory of a run to go on with, in place of a preset, --data and --out."""
+    """Directory of a run to go on with, in place of PRESET, --data and --out."""
     init_from: str = ""
     """Directory of a run, or of one of its checkpoints, whose weights the new run begins with; the same as
     --train.init-from. Positions are resized to another image.size or text.length."""
@@ -60,8 +63,7 @@ class TrainCommand:
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        width = max(len(name) for name in names())
-        print(USAGE.format(presets="\n".join(f"  {name:<{width}}  {about}" for name, about in names().items())))
+        print(USAGE.format(listing=listing()))
         return 0 if argv else 2
     command, run = _parse(argv)
     out, resume = Path(command.resume or command.out), bool(command.resume)
@@ -92,13 +94,9 @@ def _check(run: Run, out: Path, *, world: int, resume: bool, alone: bool) -> Non
     from limoe_dist.train.folder import new_run_problem, resume_problems
 
     check(run, world=world, resumed=resume)
-    rows = load_manifest(Path(run.data.manifest)).rows
-    if run.train.batch_pairs > rows and alone:
-        print(
-            f"limoe: warning: train.batch_pairs={run.train.batch_pairs}, but the data has {rows} rows: "
-            "every batch holds rows more than once",
-            file=sys.stderr,
-        )
+    manifests = load_manifests(run.data)
+    for line in crowded(run.data, manifests, batch_pairs=run.train.batch_pairs) if alone else []:
+        print(f"limoe: warning: {line}", file=sys.stderr)
     if run.data.validation:
         load_manifest(Path(run.data.validation))
     problems = resume_problems(out, run) if resume else []
@@ -109,18 +107,21 @@ def _check(run: Run, out: Path, *, world: int, resume: bool, alone: bool) -> Non
 
 
 def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
-    """The command line on top of a preset, or of the run.json of a run that goes on."""
+    """The command line on top of a preset, a recipe or a run.json, or of the run.json of a run that goes on."""
     resumed = _value_of("--resume", argv)
     if argv[0].startswith("-"):
         if resumed is None:
-            raise UserError(f"give a preset first, as in `limoe train tiny ...`, or --resume RUN (got {argv[0]})")
+            raise UserError(
+                "give a preset first, as in `limoe train tiny ...`, or a recipe, or the run.json of another run; or "
+                f"--resume RUN (got {argv[0]})"
+            )
         if not (Path(resumed) / "run.json").is_file():
             raise UserError(f"--resume {resumed}: there is no run.json: this is not the directory of a run")
         default, options = load_run(Path(resumed) / "run.json"), argv
     else:
         if resumed is not None:
-            raise UserError(f"--resume {resumed} goes on with that run's settings: leave out the preset {argv[0]}")
-        default, options = preset_named(argv[0]), argv[1:]
+            raise UserError(f"--resume {resumed} goes on with that run's settings: leave out {argv[0]}")
+        default, options = run_named(argv[0]), argv[1:]
     prog = f"limoe train {argv[0]}" if resumed is None else "limoe train"
     command = tyro.cli(TrainCommand, args=options, prog=prog, default=TrainCommand(run=default))
     run = command.run
@@ -132,15 +133,29 @@ def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
             )
         if command.init_from:
             raise UserError("--resume RUN keeps the weights that the run has: leave out --init-from")
-        return command, run.model_copy(update={"data": _absolute(run.data, "")})
-    if command.data and run.data.manifest and command.data != run.data.manifest:
-        raise UserError(f"--data {command.data} and --data.manifest {run.data.manifest} differ: give one of them")
-    if not (command.data or run.data.manifest):
-        raise UserError("--data is missing: the manifest.json that `limoe prep pack` wrote")
+        return command, run.model_copy(update={"data": absolute(run.data)})
+    run = run.model_copy(update={"data": absolute(_trained_on(run.data, command.data, options))})
     if not command.out:
         raise UserError("--out is missing: a new directory for the run")
-    run = _begun_from(run, command.init_from)
-    return command, run.model_copy(update={"data": _absolute(run.data, command.data)})
+    if command.init_from and not _given("--train.init-from", options):
+        run = run.model_copy(update={"train": run.train.model_copy(update={"init_from": ""})})
+    return command, _begun_from(run, command.init_from)
+
+
+def _trained_on(data: Data, manifest: str, options: list[str]) -> Data:
+    """The settings with --data, which takes the place of what a FILE.json trains on. Raises UserError for no data."""
+    if not manifest:
+        if data.manifest or data.mixture:
+            return data
+        raise UserError(
+            "--data is missing: the manifest.json that `limoe prep pack` wrote; several: --data.mixture "
+            "MANIFEST=WEIGHT MANIFEST=WEIGHT"
+        )
+    if _given("--data.manifest", options) and manifest != data.manifest:
+        raise UserError(f"--data {manifest} and --data.manifest {data.manifest} differ: give one of them")
+    if _given("--data.mixture", options):
+        raise UserError(f"--data {manifest} and --data.mixture both say what to train on: leave out --data")
+    return data.model_copy(update={"manifest": manifest, "mixture": ()})
 
 
 def _fitted(run: Run, out: Path, *, world: int, tells: bool) -> Run:
@@ -177,12 +192,6 @@ def _begun_from(run: Run, init_from: str) -> Run:
             raise UserError(f"--init-from {place}: there is no such directory: give a run, or one of its checkpoints")
         folder = latest_checkpoint(folder)
     return run.model_copy(update={"train": run.train.model_copy(update={"init_from": str(folder)})})
-
-
-def _absolute(data: Data, manifest: str) -> Data:
-    """Paths that mean the same when the run goes on from another directory."""
-    paths = {"manifest": manifest or data.manifest, "validation": data.validation, "tokenizer": data.tokenizer}
-    return data.model_copy(update={name: str(Path(path).absolute()) for name, path in paths.items() if path})
 
 
 def _start_ranks(argv: list[str], run: Run, out: Path, *, ranks: int, stop_after: int) -> int:
@@ -226,9 +235,9 @@ def _train(run: Run, out: Path, *, resume: bool, stop_after: int | None, quiet: 
     from limoe_dist.parallel.bootstrap import start
     from limoe_dist.train.loop import train
 
-    files = {"data.manifest": run.data.manifest, "data.validation": run.data.validation}
+    files = {"data.validation": run.data.validation, "data.tokenizer": run.data.tokenizer}
     options = {"--resume": resume, "--stop-after": stop_after}
-    agree = agreement(run, files=files | {"data.tokenizer": run.data.tokenizer}, options=options)
+    agree = agreement(run, files=files_of(run.data) | files, options=options)
     with start(run.parallel, os.environ, agree=agree, problem=problem) as (mesh, device):
         outcome = train(run, out, mesh=mesh, device=device, resume=resume, stop_after=stop_after)
         if mesh.rank == 0:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
+from launch.named import listing, run_named
 from launch.verified import Change, Layout, needed_bytes, verified_run
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.parse import preset_named, write_atomically
-from limoe_dist.config.presets import names
+from limoe_dist.config.parse import write_atomically
 from limoe_dist.config.rules import ConfigError, check
 from limoe_dist.config.schema import Run
 
@@ -28,12 +28,11 @@ if TYPE_CHECKING:
     from limoe_dist.train.parity.compare import Blame, Comparison
 
 USAGE = """\
-usage: limoe verify PRESET --layout dp=2,tp=2,ep=4 [--shrink] [--device cpu|cuda] [--out certificate.json]
-                    [any setting of limoe train]
+usage: limoe verify PRESET|RECIPE|FILE.json --layout dp=2,tp=2,ep=4 [--shrink] [--device cpu|cuda]
+                    [--out certificate.json] [any setting of limoe train]
        torchrun --nproc-per-node N -m limoe_dist verify PRESET --layout ... --device cuda     (srun and mpirun too)
 
-presets:
-{presets}
+{listing}
 
 Takes four optimizer steps in that layout and in one process, and compares: routing decisions, losses, every gradient,
 the gradient norm, the optimizer's state and the weights; on a CPU in fp64 and fp32, on GPUs in fp32 and bf16. Batches
@@ -78,12 +77,11 @@ class Task:
 def main(argv: list[str]) -> int:
     """Runs `limoe verify`; returns its exit status. Lets UserError pass."""
     if not argv or argv[0] in ("-h", "--help"):
-        width = max(map(len, names()))
-        print(USAGE.format(presets="\n".join(f"  {name:<{width}}  {about}" for name, about in names().items())))
+        print(USAGE.format(listing=listing()))
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise UserError(f"give a preset first, as in `limoe verify tiny --layout dp=2,tp=2,ep=4` (got {argv[0]})")
-    start = VerifyCommand(run=preset_named(argv[0]))
+    start = VerifyCommand(run=run_named(argv[0]))
     command = tyro.cli(VerifyCommand, args=argv[1:], prog=f"limoe verify {argv[0]}", default=start)
 
     from limoe_dist.parallel.place import discover

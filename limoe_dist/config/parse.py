@@ -5,24 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from limoe_dist.config.errors import UserError, nearest
-from limoe_dist.config.presets import names, preset
+from limoe_dist.config.presets import TWINS, base_names, names, preset
 from limoe_dist.config.schema import Run
 
 T = TypeVar("T", bound=BaseModel)
 
 
-def preset_named(name: str) -> Run:
-    """The preset's run. Raises UserError with the nearest name."""
-    known = names()
-    if name not in known:
-        raise UserError(f'unknown preset "{name}"{nearest(name, known)} (presets: {", ".join(known)})')
-    return preset(name)
+def preset_named(name: str, *, recipes: Collection[str] = ()) -> Run:
+    """The preset's run. Raises UserError with the nearest name.
+
+    recipes: names that the caller knows besides, for the error to offer, with the path of a run.json.
+    """
+    if name in names():
+        return preset(name)
+    offered = f"presets: {', '.join(base_names())}; each also with {', '.join(TWINS)}"
+    if recipes:
+        offered += f"; recipes: {', '.join(recipes)}; or the path of a run.json"
+    raise UserError(f'unknown preset "{name}"{nearest(name, [*names(), *recipes])} ({offered})')
 
 
 def load_run(path: Path) -> Run:

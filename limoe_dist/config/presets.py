@@ -59,6 +59,8 @@ def _paper(name: str) -> Run:
         train=Train(batch_pairs=21_504 if h14 else 16_384, steps=1_083_500 if h14 else 781_250),
         # limoe.md section 4: big_vision's Adafactor; its absolute decay of 1e-4 is 0.1 times the learning rate.
         optim=Optim(name="adafactor", weight_decay=0.1, cooldown_steps=50_000),
+        # LiT's protocol (section 3.1): CLIP's 80 prompts, and every caption of a picture.
+        eval=Eval(templates=("clip",), captions="all"),
     )
 
 
@@ -118,19 +120,84 @@ _BASE: dict[str, tuple[str, Callable[[], Run]]] = {
 }
 
 
+LOSS_SETS: dict[str, tuple[str, ...]] = {
+    # LIMoE section 2.2.1 and the first row of Figure 3: what V-MoE trains with.
+    "classic": ("importance", "load"),
+    # The best 0-shot and 10-shot row of Table 3, with global_image, which section 4.1 says the main experiments had.
+    "limoe": ("importance", "z", "local_text", "global_text", "global_image"),
+}
+"""The named sets of auxiliary losses: what is active in each. All other losses have the weight 0."""
+
+AUX_WEIGHTS = (
+    *("importance", "load", "z", "local_image", "local_text", "global_image", "global_text"),
+    "mutual_information",
+)
+"""The settings in moe.* that weigh one auxiliary loss each."""
+
+
+def with_losses(run: Run, losses: str) -> Run:
+    """The run with a named set of auxiliary losses, as `with_losses(run, "classic")`. Raises KeyError.
+
+    A loss of the set has the weight that it has in the run; where that is 0, its weight in the run's preset; or else 1.
+    moe.aux_weight stays: it weighs the mean over the active losses.
+    """
+    base = base_of(run.preset)
+    usual = _BASE[base][1]().moe if base in _BASE else Moe()
+    active = LOSS_SETS[losses]
+    weights = {
+        name: (getattr(run.moe, name) or getattr(usual, name) or 1.0) if name in active else 0.0 for name in AUX_WEIGHTS
+    }
+    return run.model_copy(update={"moe": run.moe.model_copy(update=weights)})
+
+
+def as_dense(run: Run) -> Run:
+    """The dense one-tower twin: an MLP in place of every mixture, all else as in the run."""
+    return run.model_copy(
+        update={
+            "model": run.model.model_copy(update={"towers": "one"}),
+            "moe": run.moe.model_copy(update={"blocks": (), "kept_experts": ()}),
+        }
+    )
+
+
+def as_two_tower(run: Run) -> Run:
+    """The dense two-tower twin: captions pass through blocks of their own, as many and as wide."""
+    run = as_dense(run)
+    return run.model_copy(update={"model": run.model.model_copy(update={"towers": "two"})})
+
+
+TWINS: dict[str, tuple[str, Callable[[Run], Run]]] = {
+    "-dense": ("dense one-tower twin", as_dense),
+    "-two-tower": ("dense two-tower twin", as_two_tower),
+    "-classic": ("classic losses alone, importance and load", lambda run: with_losses(run, "classic")),
+}
+"""Every preset has these, by suffix."""
+
+
+def base_of(name: str) -> str:
+    """The preset that a twin is one of: b16 for b16-two-tower; a name without such a suffix as it is."""
+    return next((name.removesuffix(suffix) for suffix in TWINS if name.endswith(suffix)), name)
+
+
+def base_names() -> dict[str, str]:
+    """The presets without their twins, with one line about each."""
+    return {name: text for name, (text, _) in _BASE.items()}
+
+
 def names() -> dict[str, str]:
-    """All preset names with one line about each."""
-    about = {name: text for name, (text, _) in _BASE.items()}
-    return about | {f"{name}-dense": f"dense one-tower twin of {name}" for name in _BASE}
+    """All preset names, twins too, with one line about each."""
+    about = base_names()
+    return about | {f"{base}{suffix}": f"{base}, {text}" for base in about for suffix, (text, _) in TWINS.items()}
 
 
 def preset(name: str) -> Run:
     """The run of a preset. Raises KeyError for an unknown name."""
-    base = name.removesuffix("-dense")
+    base = base_of(name)
     run = _BASE[base][1]()
     if base == name:
         return run
-    return run.model_copy(update={"preset": name, "moe": run.moe.model_copy(update={"blocks": ()})})
+    _, twin = TWINS[name.removeprefix(base)]
+    return twin(run).model_copy(update={"preset": name})
 
 
 def threshold(min_experts: float) -> float:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import gc
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from launch import plan as planning
-from launch.counting import count_parameters
+from launch.counting import count_flops, count_parameters, first_of_mesh, with_twins
 from launch.plan_tables import WORDS
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.presets import preset
+from limoe_dist.config.presets import AUX_WEIGHTS, as_dense, as_two_tower, preset
 from limoe_dist.config.rules import ConfigError
 from limoe_dist.config.schema import Parallel, Run
 from tests.support.ranks import RanksPool
@@ -42,7 +45,9 @@ def _micro(*, tp: int = 1, ep: int = 1, dtype: str = "fp32", optimizer: str = "a
 def test_h14_has_the_published_parameters() -> None:
     # LIMoE section 3.2: 5.6 B parameters, 675 M applied per token; 12 routers of 1280 x 32.
     count = count_parameters(preset("h14"))
-    assert round(count.total / 1e9, 2) == 5.55
+    assert count.total == pytest.approx(5_553.8e6, rel=1e-3)
+    # To the last one: 675.02 M of a dense twin, 12 routers, 31 more experts in each of 12 blocks, the temperature.
+    assert count.total == count.per_token + 12 * 31 * 13_113_600
     assert count.per_token // 10**6 == 675
     assert count.router == 12 * 1280 * 32 == 491_520
 
@@ -62,6 +67,113 @@ def test_with_two_choices_a_token_visits_two_experts() -> None:
     run = _micro()
     two = run.model_copy(update={"moe": run.moe.model_copy(update={"top_k": 2})})
     assert count_parameters(two).per_token - count_parameters(run).per_token == 280
+
+
+def _with(run: Run, section: str, **changes: Any) -> Run:
+    return run.model_copy(update={section: getattr(run, section).model_copy(update=changes)})
+
+
+def test_pruned_experts_are_not_there_and_a_token_passes_the_router_of_its_modality_alone() -> None:
+    # An expert has 280 parameters, the router 8 * 4.
+    whole, pruned = count_parameters(_micro()), count_parameters(_with(_micro(), "moe", kept_experts=("0 3",)))
+    assert (pruned.experts, pruned.router, pruned.total) == (2 * 280, 32, whole.total - 2 * 280)
+    assert pruned.per_token == whole.per_token
+    two = count_parameters(_with(_micro(), "moe", routers="per_modality"))
+    assert (two.router, two.total, two.per_token) == (64, whole.total + 32, whole.per_token)
+
+
+def test_a_second_tower_doubles_blocks_and_last_norm_and_a_token_passes_one() -> None:
+    # A dense block has 600 parameters and a norm 16, as above.
+    found = with_twins(_micro())
+    one, two = found["dense one-tower"].parameters, found["dense two-tower"].parameters
+    assert one.total == one.per_token == 3592 + 208 + 145 + 2 * 600
+    assert two.total == one.total + 2 * 600 + 16
+    assert two.per_token == one.per_token
+
+
+def test_the_flops_of_a_small_model_agree_with_paper_and_pencil() -> None:
+    # patches: 2 * 16 * 3*12*12 * 8 = 110592; of 16 tokens in a block: query, key, value, output 8 * 16 * 8*8 = 8192,
+    # scores and values 4 * 16*16 * 8 = 8192, an MLP 4 * 16 * 8 * 16 = 8192; router 2 * 16 * 8 * 4 = 1024;
+    # projection 2 * 8 * 8 = 128
+    text = 2 * (8192 + 8192) + 2 * 8192 + 1024 + 128
+    found = count_flops(_micro())
+    assert (found.text, found.image) == (text, text + 110592)
+    assert found.pair == found.image + found.text
+    # Capacity factor 1: 4 experts * 16 slots for the 64 tokens of a group. With 1.2: 19.2, so 20 slots.
+    assert found.pair_with_buffers == found.pair
+    roomy = count_flops(_with(_micro(), "moe", capacity_factor=1.2))
+    assert roomy.pair == found.pair
+    assert roomy.pair_with_buffers - found.pair == 4 * 4 * 4 * 8 * 16 // 2
+
+
+def _counted_by_torch(run: Run, *, image: bool = True, text: bool = True) -> int:
+    """FLOPs of a real forward pass over a routing group in training, by torch's own counter of matrix products."""
+    from limoe_dist.model.moe_layer import RoutingMode
+    from limoe_dist.model.tower import build_model
+
+    model = build_model(run, mesh=first_of_mesh(1, tp=1, ep=1), device=torch.device("cpu"))
+    pairs = run.moe.group_pairs
+    images = torch.rand(pairs, 3, run.image.size, run.image.size) if image else None
+    tokens = torch.ones(pairs, run.text.length, dtype=torch.int64) if text else None
+    valid = torch.ones(pairs, run.text.length, dtype=torch.bool) if text else None
+    # The fused kernel of a CPU is not in the counter's table.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images, tokens, valid, mode=RoutingMode(training=True, aux=False))
+    assert counter.get_total_flops() % pairs == 0
+    return int(counter.get_total_flops()) // pairs
+
+
+VARIANTS = {
+    "as it is": {},
+    "two choices": {"top_k": 2},
+    "roomy": {"capacity_factor": 1.7},
+    "cramped": {"capacity_factor": 0.5},
+    "two routers": {"routers": "per_modality"},
+    "two pools": {"image_experts": 2, "min_text_experts": 1.5},
+    "pruned": {"kept_experts": ("0 2 3",)},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=list(VARIANTS))
+def test_the_formula_counts_what_torch_counts_in_a_real_forward_pass(changes: dict[str, Any]) -> None:
+    run = _with(_with(_micro(), "moe", **changes), "text", length=8)
+    assert _counted_by_torch(run) == count_flops(run).pair_with_buffers
+
+
+@pytest.mark.parametrize("twin", [as_dense, as_two_tower])
+def test_a_dense_model_costs_what_torch_counts_for_either_modality(twin: Callable[[Run], Run]) -> None:
+    run = twin(_with(_micro(), "text", length=8))
+    found = count_flops(run)
+    assert found.pair == found.pair_with_buffers
+    assert _counted_by_torch(run, text=False) == found.image
+    assert _counted_by_torch(run, image=False) == found.text
+    assert _counted_by_torch(run) == found.pair
+
+
+def test_limoe_costs_its_router_more_than_its_dense_twins() -> None:
+    found = with_twins(preset("b16"))
+    limoe, one, two = (found[name].flops for name in ("itself", "dense one-tower", "dense two-tower"))
+    # 6 blocks * 212 tokens * 2 * 768 * 32
+    assert limoe.pair - one.pair == 6 * 212 * 2 * 768 * 32
+    assert two == one
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-two-tower"])
+def test_a_twin_has_the_same_twins(name: str) -> None:
+    found, whole = with_twins(preset(name)), with_twins(preset("tiny"))
+    twins = ("dense one-tower", "dense two-tower")
+    assert [found[twin] for twin in twins] == [whole[twin] for twin in twins]
+    assert found["itself"] == found[twins[name == "tiny-two-tower"]]
+
+
+def test_experts_on_other_ranks_count_too() -> None:
+    assert with_twins(_micro(ep=4, tp=2)) == with_twins(_micro())
+
+
+def test_the_presets_know_every_auxiliary_loss() -> None:
+    from limoe_dist.model.moe_layer import AUX_LOSSES
+
+    assert set(AUX_WEIGHTS) == set(AUX_LOSSES)
 
 
 def test_a_dense_model_has_no_router_and_uses_all_its_parameters() -> None:
@@ -218,6 +330,36 @@ def test_the_bytes_of_the_all_to_all_are_those_that_ranks_exchange(ranks2: Ranks
     assert ranks2.run(_exchanged_by_this_rank, run) == [planned, planned]
 
 
+def _moved_by_this_rank(run: Run) -> dict[tuple[str, str], tuple[int, int]]:
+    """Calls and bytes of each collective over each axis in one training step, as they are counted where they happen."""
+    from limoe_dist.model.tower import build_model
+    from limoe_dist.optim.native import NativeEngine
+    from limoe_dist.parallel.mesh import Mesh
+    from limoe_dist.train.step import Examples, training_step
+
+    mesh = Mesh.build(tp=run.parallel.tp, ep=run.parallel.ep)
+    model = build_model(run, mesh=mesh, device=torch.device("cpu"))
+    engine = NativeEngine(model, run, mesh)
+    pairs = run.train.batch_pairs // mesh.world.size
+    tokens = torch.ones(pairs, run.text.length, dtype=torch.int64)
+    examples = Examples(torch.rand(pairs, 3, run.image.size, run.image.size), tokens, tokens.bool())
+    mesh.world.traffic.reset()
+    training_step(model, engine, examples, step=0, run=run, mesh=mesh)
+    return {kind: (each.calls, each.num_bytes) for kind, each in mesh.world.traffic.counts().items()}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_two_towers_move_what_the_plan_says(ranks2: RanksPool, recompute: bool) -> None:
+    run = _with(as_two_tower(_micro(tp=2)), "train", recompute=recompute)
+    planned: dict[tuple[str, str], tuple[int, int]] = {}
+    (cost,) = planning.layout_of(run, 2).costs.values()
+    for each in cost.exchanges:
+        calls, num_bytes = planned.get((each.op, each.axis), (0, 0))
+        planned[each.op, each.axis] = (calls + each.calls, num_bytes + each.num_bytes)
+    moved = ranks2.run(_moved_by_this_rank, run)[0]
+    assert {kind: moved[kind] for kind in planned} == planned
+
+
 def test_every_broken_rule_of_a_layout_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         planning.main(["h14", "--ranks", "3", "--parallel.ep", "6", "--parallel.tp", "3", "--moe.top-k", "40"])
@@ -250,6 +392,7 @@ def test_the_table_names_who_sits_where(capsys: pytest.CaptureFixture[str], monk
     shown = capsys.readouterr().out
     for part in (
         "5,553.8 M",
+        "dense two-tower  1,304.7 M    675.0 M  353.4 G  1.000       353.4 G  1.000",
         "64 ranks = dp 32 x tp 2 = edp 8 x ep 8",
         "0-7 | 8-15 | ... | 56-63",
         "0,8,...,56 | 1,9,...,57 | ... | 7,15,...,63",

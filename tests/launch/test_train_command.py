@@ -178,9 +178,68 @@ def test_a_run_goes_on_on_other_ranks_and_its_weights_begin_another(tmp_path: Pa
     assert kept["train"]["init_from"] == str(out / "checkpoints" / "step-00000006")
 
 
+def test_a_runs_settings_begin_another_with_one_thing_changed(tmp_path: Path, data: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    words = ["--data", str(data), "--train.steps", "8", *SMALL]
+    assert limoe("train", "tiny", *words, "--out", str(first), "--stop-after", "1").returncode == 0
+    settings = str(first / "run.json")
+    # On two ranks too: each reads the file. Its data need not be given again.
+    again = ["--optim.lr", "5e-4", "--ranks", "2", "--parallel.ep", "2", "--stop-after", "1"]
+    done = limoe("train", settings, "--out", str(second), *again)
+    assert done.returncode == 0, done.stderr
+    before, after = (json.loads((out / "run.json").read_text()) for out in (first, second))
+    assert (before["optim"].pop("lr"), after["optim"].pop("lr")) == (1e-3, 5e-4)
+    assert (before.pop("parallel")["ep"], after.pop("parallel")["ep"]) == (1, 2)
+    # The run's own copy of the vocabulary.
+    assert (Path(before["data"].pop("tokenizer")), Path(after["data"].pop("tokenizer"))) == (
+        first / "tokenizer.model",
+        second / "tokenizer.model",
+    )
+    assert before == after
+
+    other = write_shards(tmp_path / "other", rows=64)
+    begun = limoe("train", settings, "--data", str(other), "--init-from", str(second), "--out", str(third),
+                  "--stop-after", "1")  # fmt: skip
+    assert begun.returncode == 0, begun.stderr
+    kept = json.loads((third / "run.json").read_text())
+    assert kept["data"]["manifest"] == str(other)
+    assert kept["train"]["init_from"] == str(second / "checkpoints" / "step-00000001")
+    # What began with another run's weights may begin with others.
+    over = limoe("train", str(third / "run.json"), "--init-from", str(first), "--out", str(tmp_path / "fourth"),
+                 "--stop-after", "1")  # fmt: skip
+    assert over.returncode == 0, over.stderr
+    assert f"parameters of {first / 'checkpoints' / 'step-00000001'}" in over.stdout
+
+
+def test_a_recipe_trains_on_its_mixture_or_on_the_data_that_is_given(tmp_path: Path, data: Path) -> None:
+    other = write_shards(tmp_path / "other", rows=64)
+    words = [*SMALL, "--train.steps", "100000", "--optim.name", "adamw", "--stop-after", "1"]
+    for name, given, mixture in (
+        ("alone", ["--data", str(data)], []),
+        ("mixed", ["--data.mixture", f"{data}=3", f"{other}=1"], [f"{data}=3", f"{other}=1"]),
+    ):
+        done = limoe("train", "h14-cotrain", *given, "--out", str(tmp_path / name), *words)
+        assert done.returncode == 0, done.stderr
+        kept = json.loads((tmp_path / name / "run.json").read_text())
+        assert kept["data"]["mixture"] == mixture
+        assert kept["data"]["manifest"] == str(data)
+        assert (kept["preset"], kept["moe"]["num_experts"]) == ("h14", 32)
+
+
+def test_help_lists_presets_twins_and_recipes() -> None:
+    shown = limoe("train", "--help").stdout
+    for part in (
+        "  h14           ViT-H/14",
+        "NAME-two-tower (dense two-tower twin)",
+        "  h14-cotrain   H/14, 21,504 pairs",
+    ):
+        assert part in shown
+
+
 def test_mistakes_end_in_one_line_with_status_2_before_anything_starts(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "run"
     (tmp_path / "broken.json").write_text("{}")
+    (tmp_path / "mistyped.json").write_text('{"moe": {"expertss": 4}}')
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "run.json").write_text("{}")
@@ -201,6 +260,12 @@ def test_mistakes_end_in_one_line_with_status_2_before_anything_starts(tmp_path:
         "holds a run already": ["tiny", "--data", str(data), "--out", str(taken)],
         "this is not the directory of a run": ["--resume", str(tmp_path)],
         "give a preset first": ["--data", str(data)],
+        "recipes: b16-ablation, ": ["qqqqqq", *common],
+        f"{tmp_path} is a directory, and not a preset, a recipe or a run.json": [str(tmp_path), *common],
+        "settings.json: cannot be read": [str(tmp_path / "settings.json"), *common],
+        "moe.expertss": [str(tmp_path / "mistyped.json"), *common],
+        "several: --data.mixture MANIFEST=WEIGHT": ["b16-ablation", "--out", str(out)],
+        "--data.mixture both say what to train on": ["tiny", *common, "--data.mixture", f"{data}=1"],
         "--init-from nowhere: there is no such directory": ["tiny", *common, "--init-from", "nowhere"],
         "no whole checkpoint (steps there: none)": ["tiny", *common, "--init-from", str(taken)],
     }  # fmt: skip
