@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from limoe_dist.analysis.examples import Examples
+    from limoe_dist.analysis.routing_section import Section
     from limoe_dist.analysis.summary import Facts
     from limoe_dist.checkpoint.reader import Reader
     from limoe_dist.data.arrow import ShardSet
@@ -32,8 +33,9 @@ MOST_EXAMPLES = 24
 class Options:
     """Write one self-contained HTML page: curves, routing by modality, evaluations, and retrievals with their pictures.
 
-    The newest checkpoint searches the pictures of --data, in this process. What a run does not have is not an error:
-    the page says how to get it. Exit status 2 where a setting or file has to be mended.
+    The newest checkpoint searches the pictures of --data, in this process. The section "Routing" shows the newest
+    RUN/analysis-<step>.json, which limoe analyze makes. What a run does not have is not an error: the page says how to
+    get it. Exit status 2 where a setting or file has to be mended.
     """
 
     run: tyro.conf.Positional[str]
@@ -77,7 +79,8 @@ def write_report(options: Options) -> Path:
     evaluations = read_evaluations(folder / "evaluations.jsonl")
     examples = _examples_or_why_not(options, run, folder)
     found = results(folder, evaluations, validation=run.data.validation)
-    text = page(run, history, evaluations, found, _facts(run, folder), examples)
+    routed = routed_or_why_not(run, folder)
+    text = page(run, history, evaluations, found, _facts(run, folder), examples, routed)
     path = Path(options.out) if options.out else folder / "report.html"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,12 +91,34 @@ def write_report(options: Options) -> Path:
         print(f"without example retrievals: {examples}")
     else:
         print(f"example retrievals: {examples.rows:,} pictures of {examples.data}, {examples.role}")
+    if isinstance(routed, str):
+        print(f"without routing: {routed}")
+    else:
+        print(f"routing: {routed.of.rows:,} rows of {routed.of.data} at step {routed.of.step}")
     print(f"written: {path} ({path.stat().st_size / 2**20:.2f} MiB)")
     return path
 
 
+def routed_or_why_not(run: Run, folder: Path) -> Section | str:
+    """The newest analysis, or a sentence about how to make one."""
+    from limoe_dist.analysis.routing_record import newest_analysis
+    from limoe_dist.analysis.routing_section import section
+
+    if not run.moe.blocks:
+        return "the run is dense: there is no router"
+    passed_over: list[str] = []
+    newest = newest_analysis(folder, warn=passed_over.append)
+    if newest is not None:
+        return section(*newest)
+    problem = f"{passed_over[0]}. " if passed_over else "Not analysed yet. "
+    return (
+        f"{problem}limoe analyze {shlex.quote(str(folder))} sends validation pairs through the newest checkpoint; "
+        f"then run limoe report {shlex.quote(str(folder))} again."
+    )
+
+
 def _facts(run: Run, folder: Path) -> Facts:
-    from launch.plan import count_parameters
+    from launch.counting import count_parameters
     from limoe_dist.analysis.summary import Facts
 
     count = count_parameters(run)

@@ -22,6 +22,7 @@ AUX_LOSSES = {
     "local_text": ("Local entropy, text", "each text token is sure of its expert"),
     "global_image": ("Global entropy, image", "image tokens spread over at least {:g} experts"),
     "global_text": ("Global entropy, text", "text tokens spread over at least {:g} experts"),
+    "mutual_information": ("Minus mutual information", "the modalities use different experts"),
 }
 
 
@@ -130,12 +131,14 @@ def aux_panels(history: History, run: Run) -> list[Note]:
     notes = []
     for name, (title, purpose) in AUX_LOSSES.items():
         weight = getattr(run.moe, name)
+        if not weight and not np.isfinite(history.column(f"aux_{name}")).any():
+            continue  # neither trained with nor, by an earlier version, watched
         tone: Tone = "image" if name.endswith("image") else "text" if name.endswith("text") else "one"
-        unit = "nats" if name.startswith(("local", "global")) else ""
+        unit = "nats" if name.startswith(("local", "global", "mutual")) else ""
         line = Line(title.lower(), history.steps, history.column(f"aux_{name}"), tone)
         wanted = purpose.format(getattr(run.moe, f"min_{tone}_experts")) if name.startswith("global") else purpose
         state = f"Weight {weight:g}" if weight else "Weight 0, only watched"
-        panel = Panel(title, unit, (line,), low=None if name == "z" else 0)
+        panel = Panel(title, unit, (line,), low=None if name in ("z", "mutual_information") else 0)
         notes.append(Note(panel, f"{state}; small where {wanted}."))
     return notes
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["image", "text", "both", "idle"]
+Kind = Literal["image", "text", "mixed", "idle"]
 MOSTLY = 0.9
 """An expert of one modality: at least this share of its tokens is of it."""
 IDLE = 0.05
@@ -55,11 +55,11 @@ def expert_matrix(last: dict[str, Any]) -> tuple[BlockMatrix, ...]:
     for name in sorted((name for name in blocks if name.isdigit()), key=int):
         kept = _pairs(blocks[name].get("kept") if isinstance(blocks[name], dict) else None)
         if kept:
-            found.append(BlockMatrix(int(name), _experts(kept)))
+            found.append(BlockMatrix(int(name), experts_of(kept)))
     return tuple(found)
 
 
-def _experts(kept_E2: Sequence[tuple[float, float]]) -> tuple[Expert, ...]:
+def experts_of(kept_E2: Sequence[tuple[float, float]]) -> tuple[Expert, ...]:
     """kept_E2: for each expert, the image and the text tokens that it processed."""
     images, texts = (sum(pair[modality] for pair in kept_E2) for modality in (0, 1))
     even = (images + texts) / len(kept_E2)
@@ -86,7 +86,7 @@ def _kind(image: float, text: float, even: float) -> Kind:
         return "idle"
     if image >= MOSTLY * tokens:
         return "image"
-    return "text" if text >= MOSTLY * tokens else "both"
+    return "text" if text >= MOSTLY * tokens else "mixed"
 
 
 def _pairs(value: object) -> list[tuple[float, float]]:

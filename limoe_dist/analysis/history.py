@@ -1,6 +1,7 @@
 """What a run has logged, read back: a column for each figure of metrics.jsonl, and the evaluations as they are.
 
-A column is called as in the file, with dots for what lies within: "contrastive", "blocks.3.success_image".
+A column is called as in the file, with dots for what lies within, and places in lists from 0: "contrastive",
+"blocks.3.success_image", "blocks.3.kept.7.1" (text tokens that expert 7 of block 3 kept).
 Shapes: n lines.
 """
 
@@ -114,6 +115,8 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 def _numbers(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in line.items():
+        if isinstance(value, list):
+            value = {str(place): item for place, item in enumerate(value)}
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}.")
         elif _is_number(value):

@@ -25,7 +25,7 @@ SIZE_INCHES = (4.2, 2.45)
 _MARKED_POINTS = 30
 """Up to so many points are drawn as dots, too: a curve of one or two points would else be hard to see."""
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "limoe",
     "font.family": "sans-serif",
@@ -82,7 +82,7 @@ class Panel:
 
 def svg(panel: Panel, *, prefix: str) -> str:
     """An <svg> element that fills the width it is given. prefix: unique in the page, for the ids inside."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         axes = figure.add_subplot()
         for line in panel.lines:
@@ -103,7 +103,7 @@ def svg(panel: Panel, *, prefix: str) -> str:
             )
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _inline(buffer.getvalue(), alternative(panel), prefix)
+    return inline(buffer.getvalue(), alternative(panel), prefix)
 
 
 def alternative(panel: Panel) -> str:
@@ -198,7 +198,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _inline(text: str, words: str, prefix: str) -> str:
+def inline(text: str, words: str, prefix: str) -> str:
     """The <svg> element alone, with an accessible name; without size, metadata, style sheet and unused ids."""
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)

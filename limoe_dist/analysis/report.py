@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from limoe_dist.analysis import curves
+from limoe_dist.analysis import curves, routing_plots
 from limoe_dist.analysis.curves import Note
 from limoe_dist.analysis.evaluated import Result
 from limoe_dist.analysis.examples import Examples
@@ -17,6 +17,7 @@ from limoe_dist.analysis.expert_matrix import expert_matrix
 from limoe_dist.analysis.history import History
 from limoe_dist.analysis.plots import not_finite, svg
 from limoe_dist.analysis.provenance import changed, data_sets, settings_by_section
+from limoe_dist.analysis.routing_section import Section
 from limoe_dist.analysis.summary import Facts, tiles
 from limoe_dist.config.schema import Run
 
@@ -38,8 +39,9 @@ def page(
     results: Iterable[Result],
     facts: Facts,
     examples: Examples | str,
+    routed: Section | str,
 ) -> str:
-    """The HTML of the report. examples: a sentence where there are none, saying what to do about it."""
+    """The HTML of the report. examples, routed: a sentence where there are none, saying what to do about it."""
     moe, results = bool(run.moe.blocks), tuple(results)
     told = {(result.data, result.step, figure) for result in results for figure in result.figures}
     settings = settings_by_section(run)
@@ -56,6 +58,9 @@ def page(
         "experts": _charts("x", curves.experts_panels(history, run)) if moe else [],
         "aux": _charts("a", curves.aux_panels(history, run)) if moe else [],
         "matrix": expert_matrix(history.last) if moe else (),
+        "text_shares": _text_shares(history) if moe else [],
+        "routed": routed if isinstance(routed, Section) else None,
+        "not_routed": routed if isinstance(routed, str) else "",
         "evaluation": _charts("v", curves.evaluation_panels(evaluations)) if evaluations else [],
         "examples": examples if isinstance(examples, Examples) else None,
         "example_figures": [
@@ -93,6 +98,17 @@ def _charts(prefix: str, notes: Iterable[Note]) -> list[Chart]:
         # Our own drawing: matplotlib escapes what it writes, and no name in it comes from outside.
         drawing = Markup(svg(note.panel, prefix=f"{prefix}{number}"))
         charts.append(Chart(note.panel.title, drawing, note.text + warning))
+    return charts
+
+
+def _text_shares(history: History) -> list[Chart]:
+    """Which experts the text tokens of each block went to, over the steps: Figure 3, third column."""
+    charts = []
+    for block in history.blocks:
+        shares = routing_plots.text_shares(history, block)
+        if shares is not None:
+            drawing = Markup(routing_plots.text_shares_svg(shares, prefix=f"w{block}"))
+            charts.append(Chart(f"Block {block}", drawing, ""))
     return charts
 
 

@@ -28,7 +28,7 @@ def thumbnail(image: npt.NDArray[np.uint8]) -> str | None:
         with warnings.catch_warnings():
             # Pillow warns of bombs above its own limit; ours is lower, and judged below.
             warnings.simplefilter("ignore")
-            return _data_address(_small(io.BytesIO(image.tobytes())))
+            return data_address(_small(io.BytesIO(image.tobytes())))
     # Decoders of damaged files raise all kinds: OSError, ValueError, SyntaxError, struct.error, EOFError, ...
     except Exception:
         return None
@@ -49,12 +49,17 @@ def _small(encoded: io.BytesIO) -> Image.Image:
         return small
 
 
-def _data_address(picture: Image.Image) -> str:
-    """As PNG or JPEG, whichever is smaller: drawings and photographs differ."""
-    encoded = []
+def encoded(picture: Image.Image) -> tuple[str, bytes]:
+    """As "png" or "jpeg", whichever is smaller: drawings and photographs differ."""
+    found = []
     for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 82})):
         content = io.BytesIO()
         picture.save(content, kind.upper(), **settings)
-        encoded.append((len(content.getvalue()), kind, content.getvalue()))
-    _, kind, smallest = min(encoded)
-    return f"data:image/{kind};base64,{base64.b64encode(smallest).decode('ascii')}"
+        found.append((len(content.getvalue()), kind, content.getvalue()))
+    _, kind, smallest = min(found)
+    return kind, smallest
+
+
+def data_address(picture: Image.Image) -> str:
+    kind, content = encoded(picture)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -12,11 +12,12 @@ from limoe_dist.analysis.evaluated import results
 from limoe_dist.analysis.examples import Examples
 from limoe_dist.analysis.history import read_evaluations, read_metrics
 from limoe_dist.analysis.report import page
+from limoe_dist.analysis.routing_section import Section
 from limoe_dist.analysis.summary import Facts
 from limoe_dist.config.presets import preset
 from limoe_dist.config.schema import Run
 
-AUX = ("importance", "load", "z", "local_image", "local_text", "global_image", "global_text")
+AUX = ("importance", "load", "z", "local_image", "local_text", "global_image", "global_text", "mutual_information")
 KEPT = [[30.0, 10.0], [60.0, 0.0], [0.0, 9.0], [0.0, 0.0]]
 """Four experts: 90 image tokens and 19 text tokens were processed."""
 
@@ -57,12 +58,13 @@ def page_of(
     run: Run | None = None,
     evaluations: Sequence[dict[str, Any]] = (),
     examples: Examples | str = "none here",
+    routed: Section | str = "not analysed",
 ) -> str:
     run = run or preset("tiny")
     history = read_metrics(write(folder / "metrics.jsonl", lines))
     evaluated = read_evaluations(write(folder / "evaluations.jsonl", evaluations))
     found = results(folder, evaluated, validation=run.data.validation)
-    return page(run, history, evaluated, found, Facts("runs/first"), examples)
+    return page(run, history, evaluated, found, Facts("runs/first"), examples, routed)
 
 
 class Parsed(HTMLParser):

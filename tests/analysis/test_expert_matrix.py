@@ -16,15 +16,15 @@ def test_the_shares_equal_a_case_worked_by_hand() -> None:
     assert [expert.text_frac for expert in experts] == [10 / 40, 0.0, 1.0, None]
     assert [expert.of_images_frac for expert in experts] == [30 / 90, 60 / 90, 0.0, 0.0]
     assert [expert.of_texts_frac for expert in experts] == [10 / 19, 0.0, 9 / 19, 0.0]
-    assert [expert.kind for expert in experts] == ["both", "image", "text", "idle"]
-    assert [blocks[0].count(kind) for kind in ("image", "text", "both", "idle")] == [1, 1, 1, 1]
+    assert [expert.kind for expert in experts] == ["mixed", "image", "text", "idle"]
+    assert [blocks[0].count(kind) for kind in ("image", "text", "mixed", "idle")] == [1, 1, 1, 1]
 
 
 def test_an_expert_is_of_a_modality_from_90_percent_and_idle_up_to_5_percent_of_an_even_part() -> None:
     # 400 tokens over 4 experts: an even part is 100, 5 % of it 5.
     line = metrics_line(1, blocks=(1,))
     line["blocks"]["1"]["kept"] = [[90, 10], [89, 11], [5, 0], [6, 189]]
-    assert [expert.kind for expert in expert_matrix(line)[0].experts] == ["image", "both", "idle", "text"]
+    assert [expert.kind for expert in expert_matrix(line)[0].experts] == ["image", "mixed", "idle", "text"]
 
 
 def test_a_block_without_tokens_divides_nothing_by_zero() -> None:

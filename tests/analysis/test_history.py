@@ -18,6 +18,8 @@ def test_a_column_holds_the_figure_of_every_line(tmp_path: Path) -> None:
     assert history.column("contrastive").tolist() == [5.0, 4.0, 3.0]
     assert history.column("blocks.3.success_text").tolist() == [0.875] * 3
     assert history.latest("blocks.1.entropy_image") == 1.25
+    # Expert 0 of block 3 kept 30 image and 10 text tokens.
+    assert history.column("blocks.3.kept.0.1").tolist() == [10.0] * 3
     assert history.blocks == (1, 3)
 
 

@@ -30,10 +30,10 @@ def sections(page: str) -> list[str | None]:
 
 def test_a_moe_run_has_every_section_in_order(tmp_path: Path) -> None:
     page = page_of(tmp_path, LINES, evaluations=[evaluation_line(20), evaluation_line(30)])
-    moe = ["success", "routing", "auxiliary", "matrix"]
+    moe = ["success", "routing", "auxiliary", "matrix", "analysis"]
     assert sections(page) == ["curves", *moe, "evaluation", "examples", "settings", "data"]
-    # 7 curves, 2 success rates, 2 entropies, 2 of experts, 7 auxiliary losses, 3 evaluations.
-    assert len(Parsed(page).named("svg")) == 7 + 2 + 2 + 2 + 7 + 3
+    # 7 curves, 2 success rates, 2 entropies, 2 of experts, 2 of text by expert, 8 auxiliary losses, 3 evaluations.
+    assert len(Parsed(page).named("svg")) == 7 + 2 + 2 + 2 + 2 + 8 + 3
 
 
 def test_a_dense_run_says_that_it_is_dense_instead_of_empty_boxes(tmp_path: Path) -> None:
@@ -72,13 +72,14 @@ def test_results_of_limoe_eval_are_shown_and_the_newest_wins(tmp_path: Path) -> 
 
 def test_the_matrix_shows_the_numbers(tmp_path: Path) -> None:
     text = Parsed(page_of(tmp_path, LINES)).text
-    assert "Block 1 1 image, 1 text, 1 both, 1 idle" in text
+    assert "Block 1 1 image, 1 text, 1 mixed, 1 idle" in text
     # Expert 0 processed 30 of the 90 image tokens and 10 of the 19 text tokens.
-    assert "0 75.0 % 25.0 % 33.3 % 52.6 % 40 both" in text
+    assert "0 75.0 % 25.0 % 33.3 % 52.6 % 40 mixed" in text
 
 
 def test_missing_pieces_say_what_to_run(tmp_path: Path) -> None:
-    text = Parsed(page_of(tmp_path, LINES, examples="run limoe report again")).text
+    text = Parsed(page_of(tmp_path, LINES, examples="run limoe report again", routed="run limoe analyze")).text
+    assert "run limoe analyze" in text
     assert "limoe eval zeroshot --run runs/first --data MANIFEST" in text
     assert "Train with --data.validation MANIFEST --eval.every-steps N" in text
     assert "run limoe report again" in text
