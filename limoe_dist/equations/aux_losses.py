@@ -129,8 +129,8 @@ def mutual_information_loss(
     if prior == "uniform":
         share_G1: Tensor | float = 0.5
     else:
-        kind = {"dtype": image_gates_GE.dtype, "device": image_gates_GE.device}
-        images, texts = (torch.as_tensor(number, **kind) for number in tokens)
+        kind, device = image_gates_GE.dtype, image_gates_GE.device
+        images, texts = (torch.as_tensor(number, dtype=kind, device=device) for number in tokens)
         share_G1 = (images / (images + texts).clamp(min=1))[..., None]
     together_GE = share_G1 * image_gates_GE + (1 - share_G1) * text_gates_GE
     share_G = share_G1 if isinstance(share_G1, float) else share_G1[..., 0]
