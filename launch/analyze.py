@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from limoe_dist.analysis.pruned import refuse_other_modality
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import load_run
 from limoe_dist.config.schema import Parallel, Run
@@ -73,6 +74,7 @@ def _check(options: Options) -> tuple[Run, str]:
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder}: there is no run.json: this is not the directory of a run")
     run = load_run(folder / "run.json")
+    refuse_other_modality(folder, run, "the routing of pairs")
     if not run.moe.blocks:
         raise UserError(
             f"{folder}: moe.blocks is empty: the run is dense, so there is no router to analyze; "

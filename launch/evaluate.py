@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from limoe_dist.analysis.pruned import Modality, refuse_other_modality
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import load_run, write_atomically
 from limoe_dist.config.schema import Run
@@ -191,6 +192,8 @@ def _check(options: Options) -> Inputs:
     if not file.is_file():
         raise UserError(f"--run {options.run}: there is no run.json: this is not the directory of a run")
     run = load_run(file)
+    needs: tuple[Modality, ...] = ("image",) if isinstance(options, FewShotOptions) else ("image", "text")
+    refuse_other_modality(Path(options.run), run, "this evaluation", needs)
     data = options.data or run.data.validation
     if not data:
         raise UserError("--data is missing, and the run has no data.validation: give the manifest.json of some shards")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from limoe_dist.analysis.pruned import refuse_other_modality
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import load_run, write_atomically
 from limoe_dist.config.schema import Parallel, Run
@@ -155,6 +156,7 @@ def _examples_or_why_not(options: Options, run: Run, folder: Path) -> Examples |
     if not data:
         return f"The run names no data: {command} --data MANIFEST shows them."
     try:
+        refuse_other_modality(folder, run, "retrieval")
         return _examples(options, run, folder, data, role)
     except UserError as error:
         if options.data or options.tokenizer:

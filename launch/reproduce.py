@@ -185,7 +185,10 @@ class Study:
 
     @staticmethod
     def _unique(runs: Sequence[Planned]) -> list[Planned]:
-        return list({run.folder: run for run in reversed(runs)}.values())[::-1]
+        found: dict[Path, Planned] = {}
+        for run in runs:
+            found.setdefault(run.folder, run)
+        return list(found.values())
 
 
 def _show(name: str, figure: Figure, rows: Sequence[Row]) -> None:

@@ -93,6 +93,11 @@ def _check(run: Run, out: Path, *, world: int, resume: bool, alone: bool) -> Non
     """What can be checked before a rank starts. Raises UserError."""
     from limoe_dist.train.folder import new_run_problem, resume_problems
 
+    if run.moe.kept_experts:
+        raise UserError(
+            "moe.kept_experts: experts were taken out by `limoe prune`: such a run is for evaluation, and cannot be "
+            "trained; train the run that it was made from"
+        )
     check(run, world=world, resumed=resume)
     manifests = load_manifests(run.data)
     for line in crowded(run.data, manifests, batch_pairs=run.train.batch_pairs) if alone else []:

@@ -45,7 +45,7 @@ class HostCopy:
         mine = {name: shard for name, shard in shards.items() if shard.writes}
         self._device = next((shard.tensor.device for shard in mine.values()), torch.device("cpu"))
         wide_first = sorted(mine.items(), key=lambda item: -item[1].tensor.dtype.itemsize)
-        header = _header(wide_first)
+        header = encode_header(wide_first)
         total = len(header) + sum(shard.tensor.nbytes for _, shard in wide_first)
         # Written once, so that the first save finds warm memory too.
         self._memory = torch.empty(total, dtype=torch.uint8).fill_(0)
@@ -85,8 +85,11 @@ def _pin(memory: Tensor, owner: object) -> None:
     weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
 
 
-def _header(shards: list[tuple[str, Shard]]) -> bytes:
-    """Length and header, padded so that every tensor begins at a multiple of its own numbers' bytes."""
+def encode_header(shards: list[tuple[str, Shard]]) -> bytes:
+    """Length and header, padded so that every tensor begins at a multiple of its own numbers' bytes.
+
+    shards: wide types first. Only shapes, types and starts are looked at: tensors may be on meta.
+    """
     parts = json.dumps({name: (shard.shape, shard.start) for name, shard in shards}, separators=(",", ":"))
     entries: dict[str, object] = {"__metadata__": {KEY: parts}}
     begin = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,17 @@ from limoe_dist.parallel.placement import Shard
 class Reader:
     """A checkpoint whose checksums were verified, and that has every number once. Gives any box of its tensors."""
 
-    def __init__(self, checkpoint: Path, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        progress: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
         """A collective: ranks share the verification, a file each in turn.
 
+        progress: called with the bytes that this rank verified since the last call, from any thread.
         Raises Damaged, on all ranks, where one found a fault, and UserError for another version's format.
         """
         self.checkpoint = checkpoint
@@ -50,7 +58,7 @@ class Reader:
             others = [file for file in manifest.files if not file.name.endswith(SUFFIX)]
             mine = tensors[mesh.rank :: mesh.world.size] + (others if mesh.rank == 0 else [])
         with on_all_ranks(mesh, device):
-            if problems := patiently(lambda: verify(checkpoint, mine), mesh.world, device):
+            if problems := patiently(lambda: verify(checkpoint, mine, progress=progress), mesh.world, device):
                 raise Damaged(problems[0] + (f" (and {len(problems) - 1} more files)" if problems[1:] else ""))
             self.state, self._parts = read_state(checkpoint), contents(checkpoint, manifest)
             if self.state.step != manifest.step:
@@ -68,6 +76,9 @@ class Reader:
         """Logical shape."""
         return self._parts[name][0].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored(name, self._parts[name][0]).dtype
+
     @torch.no_grad()
     def fill(self, name: str, out: Tensor, start: Sequence[int]) -> None:
         """Copies the box of a logical tensor that begins at `start` and has the shape of `out`, whoever wrote it."""
@@ -84,7 +95,7 @@ class Reader:
 
     def whole(self, name: str) -> Tensor:
         """A logical tensor, as it was stored."""
-        out = torch.empty(self.shape(name), dtype=self._stored(name, self._parts[name][0]).dtype)
+        out = torch.empty(self.shape(name), dtype=self.dtype(name))
         self.fill(name, out, [0] * out.dim())
         return out
 
@@ -168,6 +179,7 @@ def load(reader: Reader, shards: dict[str, Shard], mesh: Mesh) -> None:
 
     Raises UserError where the checkpoint belongs to another model, before anything is filled.
     """
+    _refuse_weights_alone(reader, shards)
     wanted = {name.split("/")[0] for name in shards}
     stored = {name for name in reader.names if name.split("/")[0] in wanted}
     problems = [f"has no tensor {name}" for name in sorted(set(shards) - stored)]
@@ -188,6 +200,16 @@ def load(reader: Reader, shards: dict[str, Shard], mesh: Mesh) -> None:
 
     with on_all_ranks(mesh, device):
         patiently(fill, mesh.world, device)
+
+
+def _refuse_weights_alone(reader: Reader, shards: dict[str, Shard]) -> None:
+    """What `limoe average` and `limoe prune` write holds no moments: training would go on from moments of zero."""
+    if all(name.startswith("model/") for name in reader.names) and not all(n.startswith("model/") for n in shards):
+        raise UserError(
+            f"{reader.checkpoint} holds weights alone, without the optimizer's state, so it cannot be resumed: "
+            "begin a new run with its weights, `limoe train PRESET --data ... --out ... --init-from RUN`",
+            told_by=0,
+        )
 
 
 def load_weights(reader: Reader, model: nn.Module, mesh: Mesh) -> None:

@@ -202,16 +202,7 @@ class Saver:
     def _commit(self, folder: Path, target: Path, state: State, entries: tuple[File, ...]) -> None:
         self.check_owner()
         _wait_until_seen(folder, entries)
-        kept = disk.write_file(folder / STATE, [memoryview((state.model_dump_json(indent=1) + "\n").encode())])
-        manifest = CheckpointManifest(step=state.step, files=(*entries, kept))
-        disk.write_file(folder / NAME, [memoryview(encode(manifest))])
-        disk.sync_folder(folder)
-        replaced = catalog.make_way(target) if target.exists() else None
-        disk.rename(folder, target)
-        disk.sync_folder(target.parent)
-        disk.sync_folder(self.run_dir)
-        if replaced is not None:
-            disk.remove(replaced)
+        commit(folder, target, state, entries)
 
     def _read_back(self, target: Path, entries: tuple[File, ...]) -> None:
         # Where ranks are on several hosts, most files come from another one, through the file system's server.
@@ -251,6 +242,23 @@ class Saver:
                 raise UserError(self.failure, told_by=error.told_by) from None
             if self.mesh.rank == error.told_by:
                 warn(f"{self.failure}; training goes on, and the next save will be tried")
+
+
+def commit(folder: Path, target: Path, state: State, entries: tuple[File, ...]) -> None:
+    """Makes a checkpoint of files that are on the disk: state.json, the manifest, and last the directory's name.
+
+    target: RUN/checkpoints/step-NNNNNNNN. Raises OSError.
+    """
+    kept = disk.write_file(folder / STATE, [memoryview((state.model_dump_json(indent=1) + "\n").encode())])
+    manifest = CheckpointManifest(step=state.step, files=(*entries, kept))
+    disk.write_file(folder / NAME, [memoryview(encode(manifest))])
+    disk.sync_folder(folder)
+    replaced = catalog.make_way(target) if target.exists() else None
+    disk.rename(folder, target)
+    disk.sync_folder(target.parent)
+    disk.sync_folder(target.parent.parent)
+    if replaced is not None:
+        disk.remove(replaced)
 
 
 def _told(error: BaseException, folder: Path) -> str:
