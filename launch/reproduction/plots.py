@@ -56,6 +56,8 @@ def draw(figure: Figure, rows: Sequence[Row]) -> str:
 
 
 def _percent(axes: Axes, plot: Plot) -> None:
+    if plot.measure.startswith("success"):
+        axes.set_ylim(0, 1.03)
     if plot.measure in SHARES:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
 
@@ -97,8 +99,9 @@ def _bars(axes: Axes, plot: Plot, rows: Sequence[Row]) -> None:
             axes.errorbar(mean, place, xerr=[[mean - min(found)], [max(found) - mean]], color=INK, capsize=3)
         scale, unit = (100, " %") if plot.measure in SHARES else (1, "")
         paper = row.variant.paper.get(plot.measure)
-        told = f"  {scale * mean:.1f}{unit}" + (f"  (paper {paper:g} %)" if paper is not None else "")
-        axes.text(max(found), place, told, va="center", fontsize=8)
+        told = f"{scale * mean:.1f}{unit}" + (f"  (paper {paper:g} %)" if paper is not None else "")
+        end = (max(found), place)
+        axes.annotate(told, end, xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.45 if any(row.variant.paper.get(plot.measure) for row in rows) else 0.25)

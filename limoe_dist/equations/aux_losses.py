@@ -16,7 +16,9 @@ from torch import Tensor
 
 
 def _mean_over_tokens(values_GS: Tensor, valid_GS: Tensor | None) -> Tensor:
-    """Mean over dim 1 of the valid tokens; values may have further dims."""
+    """Mean over dim 1 of the valid tokens; values may have further dims. Raises ValueError for a group of no tokens."""
+    if values_GS.shape[1] == 0:
+        raise ValueError("a routing group without a token of this modality has no mean: leave its losses out")
     if valid_GS is None:
         return values_GS.mean(1)
     mask = valid_GS.to(values_GS.dtype).view(*valid_GS.shape, *[1] * (values_GS.dim() - 2))

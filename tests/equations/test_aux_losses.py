@@ -46,23 +46,49 @@ def losses_of(case, logits_SE, k):
     return found
 
 
-@pytest.mark.parametrize("name", ROUTING_CASES)
-def test_values_and_gradients_equal_the_reference(name):
+def values_and_gradients(name):
+    """Ours beside the reference's, by the loss's name in the golden file: ((value, value), (gradient, gradient))."""
     case = routing_case(name)
     logits_SE = case["logits"].requires_grad_()
-    found = losses_of(case, logits_SE, ROUTING_CASES[name]["k"])
+    found = {}
+    for key, loss_G in losses_of(case, logits_SE, ROUTING_CASES[name]["k"]).items():
+        gradient_key = key.replace("_loss", "_grad_logits") if key.startswith("vmoe") else f"{key}_grad"
+        (gradient,) = torch.autograd.grad(loss_G.sum(), logits_SE, retain_graph=True)
+        found[key] = (loss_G[0].detach(), case[key]), (gradient, case[gradient_key])
+    return found
+
+
+@pytest.mark.parametrize("name", ROUTING_CASES)
+def test_values_and_gradients_equal_the_reference(name):
+    found = values_and_gradients(name)
     # Three of all tokens and three of each modality: one case has no text.
     assert len(found) == (6 if name == "c16_img_only" else 9)
-    for key, loss_G in found.items():
-        gradient_key = key.replace("_loss", "_grad_logits") if key.startswith("vmoe") else f"{key}_grad"
-        torch.testing.assert_close(loss_G[0], case[key], **CLOSE, msg=lambda text, key=key: f"{key}: {text}")
-        (gradient,) = torch.autograd.grad(loss_G.sum(), logits_SE, retain_graph=True)
-        expected = case[gradient_key]
+    for key, (values, (gradient, expected)) in found.items():
+        torch.testing.assert_close(*values, **CLOSE, msg=lambda text, key=key: f"{key}: {text}")
         if (name, key) == ("c08_all_ties", "vmoe_importance_loss"):
             # Exact balance: vmoe's root makes it NaN, the limit is 0.
             assert expected.isnan().all()
             expected = torch.zeros_like(expected)
-        torch.testing.assert_close(gradient, expected, **CLOSE, msg=lambda text, key=gradient_key: f"{key}: {text}")
+        torch.testing.assert_close(gradient, expected, **CLOSE, msg=lambda text, key=key: f"gradient of {key}: {text}")
+
+
+def noisy_importance(name):
+    """(ours, vmoe's): the importance loss of the noisy gates, with the noise given as numbers."""
+    case = routing_case(name)
+    noisy_GSE = (case["logits"] + case["noise"])[None]
+    return importance_loss(noisy_GSE.softmax(-1))[0], case["vmoe_importance_on_noisy_loss"]
+
+
+@pytest.mark.parametrize("name", ROUTING_CASES)
+def test_importance_of_noisy_gates_equals_vmoe(name):
+    torch.testing.assert_close(*noisy_importance(name), **CLOSE)
+
+
+def test_a_modality_without_a_token_in_a_group_is_an_error_and_not_nan():
+    nothing = torch.empty(2, 0, 4)
+    for loss in (importance_loss, z_loss, local_entropy, mean_gates):
+        with pytest.raises(ValueError, match="without a token of this modality"):
+            loss(nothing)
 
 
 def mutual_information_of(case, logits_SE, prior):
@@ -75,16 +101,27 @@ def mutual_information_of(case, logits_SE, prior):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTING_CASES if name != "c16_img_only"])
-def test_mutual_information_equals_the_reference(name):
+MIXED_CASES = [name for name in ROUTING_CASES if name != "c16_img_only"]
+
+
+def mutual_information(name):
+    """Ours beside the reference's: the value with each prior, and the one gradient that the file has."""
     case = routing_case(name)
     logits_SE = case["logits"].requires_grad_()
-    loss_G = mutual_information_of(case, logits_SE, "tokens")
-    torch.testing.assert_close(loss_G[0], case["ref_neg_mi_em"], **CLOSE)
-    (gradient,) = torch.autograd.grad(loss_G.sum(), logits_SE)
-    torch.testing.assert_close(gradient, case["ref_neg_mi_em_grad"], **CLOSE)
-    uniform_G = mutual_information_of(case, logits_SE, "uniform")
-    torch.testing.assert_close(uniform_G[0], case["ref_neg_mi_em_uniform"], **CLOSE)
+    loss_G, uniform_G = (mutual_information_of(case, logits_SE, prior) for prior in ("tokens", "uniform"))
+    (gradient,) = torch.autograd.grad(loss_G.sum(), logits_SE, retain_graph=True)
+    found = {
+        "ref_neg_mi_em": loss_G[0].detach(),
+        "ref_neg_mi_em_grad": gradient,
+        "ref_neg_mi_em_uniform": uniform_G[0].detach(),
+    }
+    return {key: (ours, case[key]) for key, ours in found.items()}
+
+
+@pytest.mark.parametrize("name", MIXED_CASES)
+def test_mutual_information_equals_the_reference(name):
+    for key, pair in mutual_information(name).items():
+        torch.testing.assert_close(*pair, **CLOSE, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_mutual_information_by_hand():

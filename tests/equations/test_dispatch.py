@@ -33,25 +33,40 @@ def random_gates(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).softmax(-1)
 
 
-@pytest.mark.parametrize("name", ROUTING_CASES)
-@pytest.mark.parametrize("tag", ORDERS)
-def test_values_and_gradients_equal_vmoe(name, tag):
+MASK_CASES = [name for name in ROUTING_CASES if "vmoe_bpr_dispatch_mask" in routing_case(name)]
+
+
+def values_and_gradients(name, tag):
+    """Ours beside vmoe's, by their name in the golden file; combine_weights where the file has them."""
     case, setup = routing_case(name), ROUTING_CASES[name]
     logits, x, w = (case[key].requires_grad_() for key in ("logits", "x", "W"))
     weight_TK, index = routed(logits.softmax(-1)[None], k=setup["k"], capacity=setup["capacity"], order=ORDERS[tag])
     inputs_ECD = dispatch(x, index).view(setup["E"], setup["capacity"], -1)
-    assert torch.equal(inputs_ECD, case[f"vmoe_{tag}_expert_inputs"])
     outputs_RD = F.gelu(torch.bmm(inputs_ECD, w), approximate="tanh").flatten(0, 1)
     out = combine(outputs_RD, weight_TK, index)
     gradients = torch.autograd.grad((out * case["R"]).sum(), (logits, x, w))
+    found = {"expert_inputs": inputs_ECD.detach(), "output": out.detach()}
+    found |= {f"grad_{key}": gradient for key, gradient in zip(("logits", "x", "W"), gradients, strict=True)}
+    if name in MASK_CASES:
+        # Combining unit vectors, one for each row of the buffers, reads off which weight a row has for a token.
+        rows = torch.eye(len(outputs_RD), dtype=torch.float64)
+        found["combine_weights"] = combine(rows, weight_TK.detach(), index).unflatten(1, (setup["E"], -1))
+    return {key: (ours, case[f"vmoe_{tag}_{key}"]) for key, ours in found.items()}
+
+
+@pytest.mark.parametrize("name", ROUTING_CASES)
+@pytest.mark.parametrize("tag", ORDERS)
+def test_values_and_gradients_equal_vmoe(name, tag):
+    found = values_and_gradients(name, tag)
+    assert torch.equal(*found.pop("expert_inputs"))
     # float64, sums of at most some 200 terms of size 1: 200 * 2.2e-16 = 4e-14, and a margin.
     exactly = {"rtol": 0.0, "atol": 1e-12}
-    torch.testing.assert_close(out, case[f"vmoe_{tag}_output"], **exactly)
-    for found, key in zip(gradients, ("logits", "x", "W"), strict=True):
-        torch.testing.assert_close(found, case[f"vmoe_{tag}_grad_{key}"], **exactly)
+    assert {"output", "grad_logits", "grad_x", "grad_W"} <= found.keys()
+    for key, (ours, theirs) in found.items():
+        torch.testing.assert_close(ours, theirs, **exactly, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTING_CASES if "vmoe_bpr_dispatch_mask" in routing_case(name)])
+@pytest.mark.parametrize("name", MASK_CASES)
 @pytest.mark.parametrize("tag", ORDERS)
 def test_the_index_is_the_one_hot_mask_of_vmoe(name, tag):
     case, setup = routing_case(name), ROUTING_CASES[name]

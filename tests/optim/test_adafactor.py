@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -85,16 +85,19 @@ def golden_values(prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def test_the_schedule_is_vmoes_one_step_ahead_until_the_cooldown() -> None:
+def schedules() -> tuple[list[float], np.ndarray]:
+    """(ours, vmoe's): the rates of steps 0 to 1000."""
     optim = Optim(lr=1e-3, timescale=100, cooldown_steps=200)
-    rates = [vmoe_rate(step, optim=optim, warmup_steps=100, steps=1000) for step in range(1001)]
+    return [vmoe_rate(step, optim=optim, warmup_steps=100, steps=1000) for step in range(1001)], GOLDEN["sched_a"]
+
+
+def test_the_schedule_is_vmoes_one_step_ahead_until_the_cooldown() -> None:
     # The golden rates are sums and products in float32.
-    np.testing.assert_allclose(rates, GOLDEN["sched_a"], rtol=1e-5, atol=1e-10)
+    np.testing.assert_allclose(*schedules(), rtol=1e-5, atol=1e-10)
 
 
-# float32 rounds a weight of about 4 by 2e-7 at each step, and the numbers were computed in float32.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_six_steps_are_vmoes(dtype: torch.dtype) -> None:
+def six_steps(dtype: torch.dtype) -> Iterator[tuple[Held, dict[str, Tensor], dict[str, Tensor]]]:
+    """After each step: what holds our parameters, the parameters themselves, vmoe's."""
     optim = Optim(lr=PEAK, timescale=10, cooldown_steps=2, min_factored_dim=32, weight_decay=0.1)
     start = golden_values("p0/", dtype)
     placements = {
@@ -107,10 +110,19 @@ def test_six_steps_are_vmoes(dtype: torch.dtype) -> None:
         norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
         clipped = {name: gradient / max(1.0, norm) for name, gradient in gradients.items()}
         found = held.step(clipped, vmoe_rate(step, optim=optim, warmup_steps=2, steps=STEPS))
-        want = golden_values(f"adafactor/p{step + 1}/", dtype)
+        yield held, found, golden_values(f"adafactor/p{step + 1}/", dtype)
+
+
+# float32 rounds a weight of about 4 by 2e-7 at each step, and the numbers were computed in float32.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_six_steps_are_vmoes(dtype: torch.dtype) -> None:
+    steps = 0
+    for held, found, want in six_steps(dtype):
         assert found.keys() == want.keys()
         for name, value in want.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=f"{name} after step {step}")
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=f"{name} after step {steps}")
+        steps += 1
+    assert steps == STEPS
     assert {name for name in held.state() if "/row/" in name} == {
         "adafactor/row/dense/kernel",
         "adafactor/row/Moe/Mlp/kernel",
