@@ -66,9 +66,8 @@ def test_values_and_gradients_equal_vmoe(name, tag):
         torch.testing.assert_close(ours, theirs, **exactly, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", MASK_CASES)
-@pytest.mark.parametrize("tag", ORDERS)
-def test_the_index_is_the_one_hot_mask_of_vmoe(name, tag):
+def masks(name, tag):
+    """(T, R) bool: the index read from its tokens, read from its rows, and vmoe's one-hot mask."""
     case, setup = routing_case(name), ROUTING_CASES[name]
     _, index = routed(case["gates"][None], k=setup["k"], capacity=setup["capacity"], order=ORDERS[tag])
     num_tokens, num_rows = len(index.row_TK), len(index.choice_R)
@@ -77,7 +76,13 @@ def test_the_index_is_the_one_hot_mask_of_vmoe(name, tag):
     from_tokens[token_T1[index.kept_TK], index.row_TK[index.kept_TK]] = True
     from_rows = torch.zeros(num_tokens, num_rows, dtype=torch.bool)
     from_rows[index.token_R[index.used_R], torch.arange(num_rows)[index.used_R]] = True
-    expected = case[f"vmoe_{tag}_dispatch_mask"].flatten(1)
+    return from_tokens, from_rows, case[f"vmoe_{tag}_dispatch_mask"].flatten(1)
+
+
+@pytest.mark.parametrize("name", MASK_CASES)
+@pytest.mark.parametrize("tag", ORDERS)
+def test_the_index_is_the_one_hot_mask_of_vmoe(name, tag):
+    from_tokens, from_rows, expected = masks(name, tag)
     assert torch.equal(from_tokens, expected)
     assert torch.equal(from_rows, expected)
 

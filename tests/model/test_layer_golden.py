@@ -126,7 +126,10 @@ def test_noise_given_as_numbers_leads_to_the_gates_and_losses_of_the_reference(n
     # Noise moves the gates and the load loss; the other losses see clean logits.
     found = noisy(name)
     texts = ROUTING_CASES[name]["n_txt"]
-    assert found.keys() == {"gates_noisy", *(key for key in NAMES if texts or "text" not in key and "mutual" not in key)}
+    assert found.keys() == {
+        "gates_noisy",
+        *(key for key in NAMES if texts or ("text" not in key and "mutual" not in key)),
+    }
     # float64; z-losses reach 30, so relative too.
     for key, pair in found.items():
         torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
