@@ -82,8 +82,12 @@ def _check(options: Options) -> tuple[Run, str]:
         )
     if options.rows < 0:
         raise UserError(f"--rows={options.rows}: must be 0, for all rows, or more")
-    if options.capacity_factor < 0:
-        raise UserError(f"--capacity-factor={options.capacity_factor:g}: must be 0, for that of training, or more")
+    # With a factor of E every expert could serve all tokens: more would be memory for nothing.
+    if not 0 <= options.capacity_factor <= run.moe.num_experts:
+        raise UserError(
+            f"--capacity-factor={options.capacity_factor:g}: must be 0, for that of training, or up to "
+            f"moe.num_experts={run.moe.num_experts}"
+        )
     if not 0 <= options.pictures <= MOST_PICTURES:
         raise UserError(f"--pictures={options.pictures}: must be 0 to {MOST_PICTURES}")
     if options.out and not options.out.endswith(".json"):

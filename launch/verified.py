@@ -69,7 +69,12 @@ class Change:
 
 
 def verified_run(run: Run, layout: Layout, *, shrink: bool) -> tuple[Run, list[Change]]:
-    """The run in this layout as it is verified, and what was changed for it. clip_norm is found later."""
+    """The run in this layout as it is verified, and what was changed for it. clip_norm is found later.
+
+    Raises UserError for a run whose experts were pruned.
+    """
+    if run.moe.kept_experts:
+        raise UserError("moe.kept_experts: a run that `limoe prune` made is not for training: verify the one before it")
     wanted = _shrunk(run) if shrink else {}
     why = dict.fromkeys(wanted, "--shrink")
     unit = run.moe.group_pairs if run.moe.blocks else DENSE_PAIRS
@@ -105,6 +110,10 @@ def _shrunk(run: Run) -> dict[str, Any]:
     }
     if sparse:
         wanted["moe.blocks"] = tuple(range(every - 1, depth, every))
+        # Fewer patches leave a group fewer tokens, and a tight capacity no slot for an expert.
+        tokens = run.moe.group_pairs * (side * side + run.text.length)
+        least = run.moe.num_experts / (tokens * run.moe.top_k)
+        wanted["moe.capacity_factor"] = max(run.moe.capacity_factor, least)
     return wanted
 
 

@@ -118,6 +118,12 @@ def _csv_lines(captions_file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if None in values or None in values.values():
                     raise UserError(f"{captions_file}, line {reader.line_num}: has not as many cells as the header")
                 row: dict[str, Any] = dict(values)
+                # A file may have both columns, of which each row fills one.
+                if row.get("captions") == "" and row.get("caption"):
+                    del row["captions"]
+                if row.get("caption") == "":
+                    del row["caption"]
+                    row.setdefault("captions", "")
                 if "captions" in row:
                     place = f"{captions_file}, line {reader.line_num}"
                     row["captions"] = _json_list(row["captions"], place) if row["captions"] else []

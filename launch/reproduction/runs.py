@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,9 +49,8 @@ class Planned:
     @property
     def finished(self) -> bool:
         """Trained to its last step, and evaluated there."""
-        return f'"step": {self.run.train.steps},' in _text(self.folder / "evaluations.jsonl") and bool(
-            _saved_steps(self.folder, self.run.train.steps)
-        )
+        evaluated = re.search(rf'"step": {self.run.train.steps}[,}}]', _text(self.folder / "evaluations.jsonl"))
+        return evaluated is not None and bool(_saved_steps(self.folder, self.run.train.steps))
 
     @property
     def step(self) -> int:

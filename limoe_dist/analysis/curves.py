@@ -144,7 +144,7 @@ def aux_panels(history: History, run: Run) -> list[Note]:
 
 
 def evaluation_panels(evaluations: History) -> list[Note]:
-    """Zero-shot and retrieval on the validation shards, with what guessing gives."""
+    """Zero-shot, retrieval and contrastive accuracy on the validation shards, with what guessing gives."""
     notes = [
         _shares(evaluations, "Zero-shot classification", "zeroshot.", ("top1", "top5"), ("top-1", "top-5"), "chance_"),
     ]
@@ -160,6 +160,10 @@ def evaluation_panels(evaluations: History) -> list[Note]:
                 "chance_",
             )
         )
+    pairs = Line("accuracy", evaluations.steps, evaluations.column("contrastive.accuracy"), "one")
+    chance = evaluations.latest("contrastive.chance")
+    text = "" if chance is None else f"Chance: {100 * chance:.2f} %."
+    notes.append(Note(Panel("Contrastive accuracy in minibatches", "%", (pairs,), low=0), text))
     return [note for note in notes if any(np.isfinite(line.values).any() for line in note.panel.lines)]
 
 

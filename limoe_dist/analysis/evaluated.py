@@ -35,11 +35,16 @@ def results(folder: Path, evaluations: History | None, *, validation: str) -> tu
     found = []
     if evaluations is not None:
         last = evaluations.last
-        figures = (*zeroshot_figures(last), *retrieval_figures(last))
+        figures = (*zeroshot_figures(last), *retrieval_figures(last), *contrastive_figures(last))
         if figures:
-            rows = _object(last, "retrieval").get("rows") or _object(last, "zeroshot").get("rows")
+            rows = next(filter(None, (_object(last, task).get("rows") for task in ("retrieval", "zeroshot"))), 0)
             found.append(Result("During training", figures, int(last["step"]), validation, _whole(rows)))
-    for task, figures_of in (("zeroshot", zeroshot_figures), ("retrieval", retrieval_figures)):
+    for task, figures_of in (
+        ("zeroshot", zeroshot_figures),
+        ("retrieval", retrieval_figures),
+        ("contrastive", contrastive_figures),
+        ("fewshot", fewshot_figures),
+    ):
         content = _newest(folder, task)
         figures = figures_of(content)
         if figures:
@@ -72,9 +77,23 @@ def retrieval_figures(content: dict[str, Any]) -> tuple[Figure, ...]:
     return tuple(figure for figure in figures if figure is not None)
 
 
+def contrastive_figures(content: dict[str, Any]) -> tuple[Figure, ...]:
+    """Of an object with "contrastive"."""
+    of = _object(content, "contrastive")
+    figure = _figure(f"Contrastive accuracy among {_whole(of.get('minibatch'))}", of.get("accuracy"), of.get("chance"))
+    return () if figure is None else (figure,)
+
+
+def fewshot_figures(content: dict[str, Any]) -> tuple[Figure, ...]:
+    """Of an object with "fewshot"."""
+    of = _object(content, "fewshot")
+    figure = _figure(f"{_whole(of.get('shots'))}-shot, linear", of.get("accuracy"), of.get("chance"))
+    return () if figure is None else (figure,)
+
+
 def _newest(folder: Path, task: str) -> dict[str, Any]:
     """What `limoe eval` wrote for the latest step; empty where there is nothing that can be read."""
-    files = [path for path in folder.glob(f"eval-{task}-*.json") if path.stem.rpartition("-")[2].isdigit()]
+    files = [path for path in folder.glob(f"eval-{task}-*.json") if path.stem.rpartition("-")[2].isdecimal()]
     if not files:
         return {}
     try:

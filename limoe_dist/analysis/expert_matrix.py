@@ -52,7 +52,7 @@ def expert_matrix(last: dict[str, Any]) -> tuple[BlockMatrix, ...]:
     if not isinstance(blocks, dict):
         return ()
     found = []
-    for name in sorted((name for name in blocks if name.isdigit()), key=int):
+    for name in sorted((name for name in blocks if name.isdecimal()), key=int):
         kept = _pairs(blocks[name].get("kept") if isinstance(blocks[name], dict) else None)
         if kept:
             found.append(BlockMatrix(int(name), experts_of(kept)))

@@ -49,7 +49,7 @@ class History:
     def blocks(self) -> tuple[int, ...]:
         """The MoE blocks that the run tells of; none for a dense model."""
         blocks = self.last.get("blocks")
-        return tuple(sorted(int(name) for name in blocks if name.isdigit())) if isinstance(blocks, dict) else ()
+        return tuple(sorted(int(name) for name in blocks if name.isdecimal())) if isinstance(blocks, dict) else ()
 
 
 def read_metrics(path: Path) -> History:

@@ -52,7 +52,7 @@ class Ranks(_Part):
     median: Share
     lower_quartile: Share
     upper_quartile: Share
-    histogram: tuple[Share, ...]
+    histogram: Annotated[tuple[Share, ...], Field(min_length=RANK_BINS, max_length=RANK_BINS)]
     """RANK_BINS even bins of 0..1; they sum to 1."""
 
 
@@ -173,7 +173,7 @@ def save_analysis(analysis: Analysis, path: Path) -> None:
 
 def newest_analysis(folder: Path, *, warn: Callable[[str], None]) -> tuple[Path, Analysis] | None:
     """That of the latest step; None where there is none. What cannot be read is told to `warn` and passed over."""
-    files = [path for path in folder.glob("analysis-*.json") if path.stem.rpartition("-")[2].isdigit()]
+    files = [path for path in folder.glob("analysis-*.json") if path.stem.rpartition("-")[2].isdecimal()]
     for path in sorted(files, key=lambda path: int(path.stem.rpartition("-")[2]), reverse=True):
         try:
             analysis = parse_model(Analysis, path)

@@ -1,7 +1,9 @@
 """The auxiliary losses of the router, each for every routing group on its own.
 
 Shapes: G routing groups, S tokens of a group (or of one modality of it), E experts. valid_GS is False for masked
-padding and None where all tokens count. Entropies are in nats. A group without a valid token gives 0.
+padding and None where all tokens count. Entropies are in nats. Of a group whose tokens are all masked, means are 0,
+and with them all losses but the thresholded one and mutual information with uniform shares: every caption has a valid
+token, its end, so that this is no group of training.
 Source: LIMoE (arXiv 2206.02770), section 2.2.2; V-MoE (arXiv 2106.05974), appendix A, for importance and load;
 ST-MoE (arXiv 2202.08906), equation 5, for the z-loss.
 """

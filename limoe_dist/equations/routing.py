@@ -35,15 +35,16 @@ class Choices:
     """(G, S, K): the gates of those experts, not normalised again; differentiable."""
 
 
-def top_k(gates_GSE: Tensor, k: int, allowed_E: Tensor | None = None) -> Choices:
+def top_k(gates_GSE: Tensor, k: int, allowed: Tensor | None = None) -> Choices:
     """The k largest gates of every token; a tie goes to the lowest expert id, on every device.
 
-    allowed_E: (E,) bool, the experts that may be chosen, at least k of them; None for all.
+    allowed: (E,) or (S, E) bool, the experts that may be chosen, at least k of them; None for all.
     Source: LIMoE, section 2.2: MoE(x) sums g(x)_e MLP_e(x) over the chosen experts, with the gate itself as weight.
     """
     offered_GSE = gates_GSE.detach()
-    if allowed_E is not None:
-        offered_GSE = offered_GSE.masked_fill(~allowed_E, -1.0)
+    if allowed is not None:
+        # Below 0: a gate that underflowed to it is still allowed.
+        offered_GSE = offered_GSE.masked_fill(~allowed, -1.0)
     # argmax returns the first of equal values; torch.topk promises nothing about ties, a stable sort does.
     if k == 1:
         expert_GSK = offered_GSE.argmax(-1, keepdim=True)

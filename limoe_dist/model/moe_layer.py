@@ -121,7 +121,7 @@ class MoeLayer(nn.Module):
     def _decide(self, gates_GSE: Tensor, layout: TokenLayout, mode: RoutingMode) -> Route:
         there, valid_GS = len(self.kept_experts), layout.valid_GS
         pruned = there < self.moe.num_experts
-        choices = top_k(gates_GSE, self.moe.top_k, self._there_E(gates_GSE.device) if pruned else None)
+        choices = top_k(gates_GSE, self.moe.top_k, self._allowed(layout))
         order_GS = service_order(self._priority(choices, layout, mode), valid_GS)
         # Where experts were pruned, those that are left stand in their own order in the buffers.
         place_GSK = self._there_E(gates_GSE.device).cumsum(0)[choices.expert_GSK] - 1 if pruned else choices.expert_GSK
@@ -136,6 +136,21 @@ class MoeLayer(nn.Module):
         there = torch.zeros(self.moe.num_experts, dtype=torch.bool, device=device)
         there[list(self.kept_experts)] = True
         return there
+
+    def _allowed(self, layout: TokenLayout) -> Tensor | None:
+        """(S, E) or (E,) bool: the experts that a token may choose; None where it may choose all."""
+        pruned = len(self.kept_experts) < self.moe.num_experts
+        there_E = self._there_E(layout.device) if pruned else None
+        if not self.moe.image_experts:
+            return there_E
+        own_SE = self._own_pool(layout)
+        return own_SE if there_E is None else own_SE & there_E
+
+    def _own_pool(self, layout: TokenLayout) -> Tensor:
+        """(S, E) bool: the experts of each token's modality, with separate pools."""
+        image_S1 = torch.arange(layout.group_tokens, device=layout.device)[:, None] < layout.group_image_tokens
+        image_E = torch.arange(self.moe.num_experts, device=layout.device) < self.moe.image_experts
+        return image_S1 == image_E
 
     def _priority(self, choices: Choices, layout: TokenLayout, mode: RoutingMode) -> Tensor:
         """(G, S): who is served before whom, by moe.order."""
@@ -163,10 +178,8 @@ class MoeLayer(nn.Module):
             else:
                 logits_TE = x @ router
         clean_GSE = logits_TE[layout.token_GS]
-        if pool := self.moe.image_experts:
-            image_S1 = torch.arange(layout.group_tokens, device=x_TD.device)[:, None] < layout.group_image_tokens
-            image_E = torch.arange(self.moe.num_experts, device=x_TD.device) < pool
-            clean_GSE = clean_GSE.masked_fill(image_S1 != image_E, NEVER)
+        if self.moe.image_experts:
+            clean_GSE = clean_GSE.masked_fill(~self._own_pool(layout), NEVER)
         if not mode.training or self.moe.noise_std == 0:
             return clean_GSE, clean_GSE
         groups, tokens, experts = clean_GSE.shape

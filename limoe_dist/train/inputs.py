@@ -11,7 +11,7 @@ from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.manifest import sha256_of, verify_shards
 from limoe_dist.data.mixture import check_pairs, data_hash, described, entries_of, manifest_file, with_home
 from limoe_dist.data.tokenizer import Tokenizer, normalised, open_tokenizer
-from limoe_dist.eval.classes import ClassNames, classes_of_run, concepts_of
+from limoe_dist.eval.classes import ClassNames, classes_of_run
 from limoe_dist.parallel.collectives import all_or_none
 from limoe_dist.parallel.mesh import Mesh
 
@@ -65,6 +65,7 @@ def _open(run: Run, mesh: Mesh) -> Inputs:
 
 
 def _classes(run: Run, train: ShardSet, validation: ShardSet) -> list[ClassNames] | None:
-    if not any(normalised(concept) for concept in concepts_of(validation)):
+    rows = (validation.row(number) for number in range(len(validation)))
+    if not any(normalised(row.concept) and len(row.image) for row in rows):
         return None
     return classes_of_run(run, train, validation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import time
 from contextlib import suppress
@@ -156,7 +157,9 @@ class Log:
     def has_evaluation(self, step: int) -> bool:
         """Whether evaluations.jsonl has a line of this step; False on ranks that do not write."""
         path = self.out / "evaluations.jsonl"
-        return self.writes and path.exists() and f'"step": {step},' in path.read_text(encoding="utf-8")
+        if not self.writes or not path.exists():
+            return False
+        return re.search(rf'"step": {step}[,}}]', path.read_text(encoding="utf-8")) is not None
 
     def metrics(self, figures: dict[str, Any]) -> None:
         self._line("metrics.jsonl", figures)

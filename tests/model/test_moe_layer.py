@@ -106,6 +106,16 @@ def test_pools_keep_modalities_apart_and_their_losses_finite() -> None:
     torch.testing.assert_close(output.records[BLOCK].losses["mutual_information"].detach(), -known)
 
 
+def test_a_pool_is_not_left_where_a_second_gate_underflows() -> None:
+    run = varied(image_experts=4, top_k=2, min_image_experts=4.0, min_text_experts=3.0, noise_std=0.0)
+    model = build_model(run, mesh=Mesh.single(), device=torch.device("cpu"))
+    with torch.no_grad():
+        # Logits of some thousands: every second gate is 0, as are those of the other pool.
+        model.blocks[BLOCK].moe.router.mul_(1e4)
+    _, route = passed(model, training())
+    assert route.expert_GSK[:, :IMAGES].max() < 4 <= route.expert_GSK[:, IMAGES:].min()
+
+
 def test_each_modality_has_its_own_router() -> None:
     model = build_model(varied(routers="per_modality", noise_std=0.0), mesh=Mesh.single(), device=torch.device("cpu"))
     assert model.blocks[BLOCK].moe.router.shape == (2, 32, 8)

@@ -175,6 +175,15 @@ def test_healthy_layouts_pass_every_check(ranks4: RanksPool) -> None:
             assert {check.what for check in found.checks} == set(CHECKS)
 
 
+def test_healthy_twins_and_routers_pass_too(ranks4: RanksPool) -> None:
+    for run in (
+        changed(run_on_4_ranks(2, 1), model={"towers": "two"}, moe={"blocks": ()}),
+        changed(run_on_4_ranks(2, 2), moe={"routers": "per_modality", "top_k": 2, "priority": "sum"}),
+    ):
+        for found, _ in ranks4.run(compared, run, None):
+            assert found.passed, found
+
+
 @pytest.mark.parametrize(
     ("defect", "tp", "ep", "check", "place", "parameter"),
     [

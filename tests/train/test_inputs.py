@@ -105,3 +105,11 @@ def test_pictures_differ_by_source(data: Path, second: Path) -> None:
         rows = np.concatenate([batch.rows for batch in loader])
     assert ((rows < 64).sum(), (rows >= 64).sum()) == (24, 8)
     assert rows.max() < 88
+
+
+def test_concepts_of_texts_alone_are_no_classes_to_choose_between(data: Path, tmp_path: Path) -> None:
+    nothing = {row: b"" for row in range(8)}
+    validation = write_shards(tmp_path / "texts", rows=8, shards=1, pictures=nothing, vocab_size=None)
+    run = run_on(data)
+    run = run.model_copy(update={"data": run.data.model_copy(update={"validation": str(validation)})})
+    assert opened(run).classes is None

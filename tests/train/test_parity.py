@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -38,12 +39,26 @@ GATES = torch.tensor([[[0.9, 0.1], [0.7, 0.3], [0.6, 0.4], [0.2, 0.8]]], dtype=t
 WANTED = decision([0, 0, 0, 1], [1, 1, 0, 1])
 
 
-def judged(found: Decision, gates: Tensor = GATES, *, by_priority: bool = True, valid: Tensor | None = None) -> Flips:
-    return judge(found, WANTED, gates, valid, by_priority=by_priority, limit=1e-6)
+def judged(
+    found: Decision, gates: Tensor = GATES, *, by: Literal["max", "sum"] | None = "max", valid: Tensor | None = None
+) -> Flips:
+    return judge(found, WANTED, gates, valid, by=by, limit=1e-6)
 
 
 def test_equal_decisions_have_no_flips() -> None:
     assert judged(decision([0, 0, 0, 1], [1, 1, 0, 1])) == Flips(choices=0, slots=0, margin=0.0)
+
+
+def test_with_two_choices_the_priority_may_be_their_sum() -> None:
+    # Both tokens want expert 0, then 1, with one slot each: sums of 0.8, largest gates of 0.5 and 0.45.
+    gates = torch.tensor([[[0.5, 0.3, 0.2], [0.45, 0.35, 0.2]]], dtype=torch.float64)
+    experts = torch.tensor([[[0, 1], [0, 1]]])
+    served, swapped = (
+        Decision(experts, torch.tensor([[[first, first], [not first, not first]]])) for first in (True, False)
+    )
+    margins = {by: judge(swapped, served, gates, None, by=by, limit=1e-6).margin for by in ("max", "sum")}
+    assert margins["max"] == pytest.approx(0.05)
+    assert margins["sum"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_choice_that_moved_has_the_margin_of_its_two_gates() -> None:
@@ -67,7 +82,7 @@ def test_a_slot_lost_although_there_was_room_is_not_explained() -> None:
 
 
 def test_where_order_is_that_of_the_group_no_priority_explains_a_slot() -> None:
-    assert judged(decision([0, 0, 0, 1], [1, 0, 1, 1]), by_priority=False).margin == UNEXPLAINED
+    assert judged(decision([0, 0, 0, 1], [1, 0, 1, 1]), by=None).margin == UNEXPLAINED
 
 
 def test_a_choice_that_moves_into_a_queue_may_push_one_out_and_no_more() -> None:

@@ -128,7 +128,7 @@ def _judge(stage: Stage, trial: Trial, spot: _Spot, wanted: Decision, *, limit: 
         wanted,
         gates_GSE,
         valid_tokens(examples, run),
-        by_priority=run.moe.order == "priority",
+        by=run.moe.priority if run.moe.order == "priority" else None,
         limit=limit,
     )
     counts = sum_over(torch.tensor([mine.choices, mine.slots], device=stage.device), stage.mesh.world).tolist()

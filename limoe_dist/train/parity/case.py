@@ -71,8 +71,8 @@ class Case:
             return
         block.norm2.bias.add_(NORM2_BIAS)
         # Other experts in other blocks, so that another rank holds them.
-        layer.router[:, layer.index % experts] += self.skew / (NORM2_BIAS * width)
-        layer.router[:, (layer.index + experts // 2) % experts] = UNWANTED / (NORM2_BIAS * width)
+        layer.router[..., layer.index % experts] += self.skew / (NORM2_BIAS * width)
+        layer.router[..., (layer.index + experts // 2) % experts] = UNWANTED / (NORM2_BIAS * width)
 
     def examples(self, given: Given, *, step: int, mesh: Mesh, device: torch.device) -> Examples:
         """This rank's slice of the step's batch: each pair is a function of (seed, step, its global number)."""

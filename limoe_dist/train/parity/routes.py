@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from limoe_dist.config.schema import Run
 from limoe_dist.equations.dispatch import index_slots
-from limoe_dist.equations.routing import capacity
+from limoe_dist.equations.routing import capacity, priorities
 from limoe_dist.model.moe_layer import Route, Routes
 from limoe_dist.model.tokens import TokenLayout
 from limoe_dist.train.step import Examples
@@ -62,10 +63,12 @@ def judge(
     gates_GSE: Tensor,
     valid_GS: Tensor | None,
     *,
-    by_priority: bool,
+    by: Literal["max", "sum"] | None,
     limit: float,
 ) -> Flips:
     """Compares a layout's decision with the reference's, by the reference's noisy gates.
+
+    by: what the priority of a token is, as moe.priority says; None where tokens are served in another order.
 
     A choice that moved has the margin between the gates of the expert that was wanted and of the one that was found.
     A slot that changed hands has the margin between the token's priority and that of the last one served, or of the
@@ -78,7 +81,7 @@ def judge(
     margins = [0.0, *gap_GSK[moved_GSK].tolist()]
     for group, expert in _queues(changed_GSK, wanted.expert_GSK):
         pushed = sum(int((moved_GSK[group] & (side.expert_GSK[group] == expert)).sum()) for side in (found, wanted))
-        crossed = _crossed(group, expert, changed_GSK, wanted, gates_GSE, valid_GS, by_priority=by_priority)
+        crossed = _crossed(group, expert, changed_GSK, wanted, gates_GSE, valid_GS, by=by)
         beyond = sorted(margin for margin in crossed if margin >= limit)
         margins += [margin for margin in crossed if margin < limit] + beyond[pushed:]
     return Flips(choices=int(moved_GSK.sum()), slots=int(changed_GSK.sum()), margin=max(margins))
@@ -98,13 +101,13 @@ def _crossed(
     gates_GSE: Tensor,
     valid_GS: Tensor | None,
     *,
-    by_priority: bool,
+    by: Literal["max", "sum"] | None,
 ) -> list[float]:
     """For each slot that changed hands in a queue, how far its token was from the other side of the last slot."""
     asks_SK = wanted.expert_GSK[group] == expert
     if valid_GS is not None:
         asks_SK = asks_SK & valid_GS[group][:, None]
-    priority_S = gates_GSE[group].gather(-1, wanted.expert_GSK[group][:, :1])[:, 0]
+    priority_S = priorities(gates_GSE[group].gather(-1, wanted.expert_GSK[group]), by or "max")
     kept_SK = wanted.kept_GSK[group]
     margins = []
     for token, choice in (changed_GSK[group] & asks_SK).nonzero().tolist():
@@ -113,7 +116,7 @@ def _crossed(
         other_S = asks_SK[:, choice] & (kept_SK[:, choice] != was_kept)
         margins.append(
             (priority_S[other_S] - priority_S[token]).abs().min().item()
-            if by_priority and other_S.any()
+            if by is not None and other_S.any()
             else UNEXPLAINED
         )
     return margins

@@ -41,6 +41,8 @@ class Heard:
 
     image_tokens: int
     """Of a picture."""
+    two_towers: bool = False
+    """Whether texts have blocks of their own."""
     images: dict[str, list[Tensor]] = field(default_factory=dict)
     """By module: one number for each image token, its output's projection on a fixed direction."""
     texts: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -68,6 +70,8 @@ class Heard:
         images = self._image_rows
         if isinstance(module, PatchEmbed | TextEmbed):
             images = len(numbers_T) if isinstance(module, PatchEmbed) else 0
+        elif self.two_towers:
+            images = 0 if name.startswith("text_") else len(numbers_T)
         self.images.setdefault(name, []).append(numbers_T[:images])
         self.texts.setdefault(name, []).append(numbers_T[images:])
         if isinstance(module, MoeLayer):
@@ -191,7 +195,7 @@ def _summed(losses: Losses, case: Case, mesh: Mesh) -> dict[str, float]:
 @contextmanager
 def listening(model: Limoe) -> Iterator[Heard]:
     """Collects from the passes with a graph inside the `with`: not from embedding alone, nor from recomputation."""
-    heard = Heard(model.run.image_tokens)
+    heard = Heard(model.run.image_tokens, two_towers=model.run.model.towers == "two")
     hooks = [model.register_forward_pre_hook(heard.begin), model.register_forward_hook(heard.end)]
     for name, module in model.named_modules():
         if isinstance(module, WATCHED):

@@ -52,6 +52,13 @@ def test_an_empty_cell_of_a_csv_is_a_missing_half(tmp_path):
     assert [(row.image, row.captions) for row in read_folder(tmp_path).rows] == [("x.png", ()), ("", ("a text",))]
 
 
+def test_a_csv_may_have_both_columns_of_which_each_row_fills_one(tmp_path):
+    (tmp_path / "captions.csv").write_text('image,caption,captions\nx.png,an owl,\ny.png,,"[""a fox""]"\nz.png,,\n')
+    assert [row.captions for row in read_folder(tmp_path).rows] == [("an owl",), ("a fox",), ()]
+    (tmp_path / "captions.csv").write_text("image,caption\nx.png,\n")
+    assert read_folder(tmp_path).rows[0].captions == ()
+
+
 def test_a_picture_alone_and_a_caption_of_it_in_another_line_are_a_pair(tmp_path):
     (tmp_path / "captions.jsonl").write_text('{"image": "x.png"}\n{"image": "x.png", "caption": "an owl"}\n')
     assert [(row.image, row.captions) for row in read_folder(tmp_path).rows] == [("x.png", ("an owl",))]
