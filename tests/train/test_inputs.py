@@ -108,7 +108,7 @@ def test_pictures_differ_by_source(data: Path, second: Path) -> None:
 
 
 def test_concepts_of_texts_alone_are_no_classes_to_choose_between(data: Path, tmp_path: Path) -> None:
-    nothing = {row: b"" for row in range(8)}
+    nothing = dict.fromkeys(range(8), b"")
     validation = write_shards(tmp_path / "texts", rows=8, shards=1, pictures=nothing, vocab_size=None)
     run = run_on(data)
     run = run.model_copy(update={"data": run.data.model_copy(update={"validation": str(validation)})})
