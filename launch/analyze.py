@@ -109,7 +109,8 @@ def analyze(options: Options, run: Run, data: str) -> Path:
     import torch
     from rich.console import Console
 
-    from launch.evaluate import open_run_tokenizer, progress_bars
+    from launch.progress import progress_bars
+    from launch.run_tokenizer import open_run_tokenizer
     from limoe_dist.analysis.routed_pairs import as_in_training, drawn_rows, modalities_of, route_rows
     from limoe_dist.analysis.routing_record import pictures_folder, save_analysis
     from limoe_dist.checkpoint.reader import load_weights, open_checkpoint

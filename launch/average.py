@@ -118,7 +118,7 @@ def _of_run(run_dir: Path, options: Options) -> list[Path]:
 
 
 def _average(checkpoints: Sequence[Path], out: Path) -> Averaged:
-    from launch.evaluate import progress_bars
+    from launch.progress import progress_bars
     from limoe_dist.checkpoint.average import average
     from limoe_dist.checkpoint.state import read_state
 

@@ -92,7 +92,7 @@ def run_tokenizer_path(run: Run, run_dir: Path, checkpoint: Path, given: str = "
 
     Raises UserError where none is there, or it is another one.
     """
-    from launch.evaluate import open_run_tokenizer
+    from launch.run_tokenizer import open_run_tokenizer
 
     own = run_dir / "tokenizer.model"
     if given or own.is_file():

@@ -151,7 +151,7 @@ def _is_there(manifest: str) -> bool:
 def _prune(options: Options, inputs: Inputs) -> None:
     import torch
 
-    from launch.evaluate import progress_bars
+    from launch.progress import progress_bars
     from launch.prune_measure import Pair, measure
     from limoe_dist.analysis import prune
     from limoe_dist.analysis.pruned import RECORD

@@ -176,7 +176,8 @@ _TRAINED_ON = "the run's own training data: results on pictures that it has not 
 
 
 def _examples(options: Options, run: Run, folder: Path, data: str, role: str) -> Examples:
-    from launch.evaluate import open_run_tokenizer, progress_bars
+    from launch.progress import progress_bars
+    from launch.run_tokenizer import open_run_tokenizer
     from limoe_dist.analysis.evaluated import retrieval_figures
     from limoe_dist.analysis.examples import Examples, Query, example_of, spread
     from limoe_dist.checkpoint.reader import open_checkpoint

@@ -1,0 +1,41 @@
+"""The vocabulary that a checkpoint was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.schema import Run
+from limoe_dist.data.manifest import load_manifest
+
+if TYPE_CHECKING:
+    from limoe_dist.data.tokenizer import Tokenizer
+
+
+def open_run_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
+    """The vocabulary that the checkpoint was trained with. Raises UserError for another one."""
+    from limoe_dist.checkpoint.state import read_state
+    from limoe_dist.data.manifest import sha256_of
+    from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
+
+    if run.data.tokenizer:
+        tokenizer = Tokenizer(run.data.tokenizer, length=run.text.length, vocab_limit=run.text.vocab_size)
+    else:
+        path = Path(run.data.manifest)
+        path = path / "manifest.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(
+                f"the run's tokenizer is beside its training manifest, and {path} is not there: "
+                "give --tokenizer FILE, the SentencePiece model that the run was trained with",
+                told_by=0,
+            )
+        tokenizer = open_tokenizer(run, load_manifest(path), path.parent)
+    found, expected = sha256_of(tokenizer.path), read_state(checkpoint).tokenizer
+    if found != expected:
+        raise UserError(
+            f"tokenizer {tokenizer.path}: sha256 is {found[:12]}..., but {checkpoint} was trained with "
+            f"{expected[:12]}...: the same text would be other tokens; give --tokenizer FILE, the run's own",
+            told_by=0,
+        )
+    return tokenizer
