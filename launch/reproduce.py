@@ -17,8 +17,7 @@ from launch.reproduction.board import Board
 from launch.reproduction.demo import demo_data
 from launch.reproduction.few_shot import few_shot
 from launch.reproduction.figure import Figure, Variant, figure_named, names, run_of
-from launch.reproduction.measures import value
-from launch.reproduction.page import Row, better, cells, headings, write
+from launch.reproduction.page import Row, best_of, cells, headings, write
 from launch.reproduction.runs import Data, Planned, planned, train_all
 from limoe_dist.config.errors import UserError
 
@@ -109,78 +108,62 @@ def _change(text: str) -> tuple[str, Any]:
 
 
 class Study:
-    """Figures and the runs that they need, in two rounds: what a sweep tries, then what it chose on the other seeds."""
+    """Figures and the runs that they need."""
 
     def __init__(
         self, figures: dict[str, Figure], data: Data, out: Path, changes: dict[str, Any], *, jobs: int
     ) -> None:
         self.figures, self.data, self.out, self.changes, self.jobs = figures, data, out, changes, jobs
+        self.runs = self._unique([run for name, figure in figures.items() for run in self._runs_of(name, figure)])
 
     def list_runs(self) -> None:
-        """The runs of the first round; those of the second depend on what a sweep finds."""
-        runs = self._unique(self._first_round())
-        for run in runs:
+        for run in self.runs:
             state = "done" if run.finished else f"at step {run.step}" if run.step else "to do"
             print(f"{run.folder.name}  {state:<12} {run.label}")
-        later = sum(
-            len(figure.variants) * (len(figure.seeds) - 1)
-            for figure in self.figures.values()
-            if figure.sweep is not None
-        )
-        print(f"{len(runs)} runs, {sum(run.finished for run in runs)} done" + (f"; then {later} more" if later else ""))
+        print(f"{len(self.runs)} runs, {sum(run.finished for run in self.runs)} done")
 
     def carry_out(self) -> None:
         """Trains what is missing, then writes and shows every figure."""
-        self._train("round 1", self._first_round())
-        rows = {name: self._rows(name, figure) for name, figure in self.figures.items()}
-        self._train("round 2", [run for found in rows.values() for row in found for run in row.runs])
+        if not all(run.finished for run in self.runs):
+            with Board(self.runs) as board:
+                train_all(self.runs, jobs=self.jobs, tell=board.tell, watch=board.watch)
         for name, figure in self.figures.items():
+            rows = self._rows(name, figure)
             if "fewshot" in figure.measures:
-                few_shot([run for row in rows[name] for run in row.runs], self.data)
-            paths = write(name, figure, rows[name], self.out)
-            _show(name, figure, rows[name])
+                few_shot([run for row in rows for run in row.runs], self.data)
+            paths = write(name, figure, rows, self.out)
+            _show(name, figure, rows)
             print(f"written: {', '.join(map(str, paths))}")
 
-    def _train(self, what: str, runs: Sequence[Planned]) -> None:
-        runs = self._unique(runs)
-        if all(run.finished for run in runs):
-            return
-        with Board(what, runs) as board:
-            train_all(runs, jobs=self.jobs, tell=board.tell, watch=board.watch)
+    def _runs_of(self, name: str, figure: Figure) -> list[Planned]:
+        return [
+            run
+            for variant in figure.variants
+            for at in (figure.sweep.values if figure.sweep is not None else (None,))
+            for run in self._seeds(name, figure, variant, at)
+        ]
 
-    def _first_round(self) -> list[Planned]:
-        runs = []
-        for name, figure in self.figures.items():
-            for variant in figure.variants:
-                if figure.sweep is None:
-                    runs += [self._run(name, figure, variant, seed=seed) for seed in figure.seeds]
-                else:
-                    runs += list(self._swept(name, figure, variant).values())
-        return runs
-
-    def _run(self, name: str, figure: Figure, variant: Variant, *, seed: int, swept: float | None = None) -> Planned:
-        run = run_of(figure, variant, seed=seed, changes=self.changes, swept=swept)
+    def _seeds(self, name: str, figure: Figure, variant: Variant, swept: float | None) -> tuple[Planned, ...]:
         tried = f", {figure.sweep.setting}={swept:g}" if figure.sweep is not None and swept is not None else ""
-        return planned(f"{name}: {variant.name}, seed {seed}{tried}", run, self.data, self.out)
-
-    def _swept(self, name: str, figure: Figure, variant: Variant) -> dict[float, Planned]:
-        assert figure.sweep is not None
-        return {at: self._run(name, figure, variant, seed=figure.seeds[0], swept=at) for at in figure.sweep.values}
+        return tuple(
+            planned(
+                f"{name}: {variant.name}, seed {seed}{tried}",
+                run_of(figure, variant, seed=seed, changes=self.changes, swept=swept),
+                self.data,
+                self.out,
+            )
+            for seed in figure.seeds
+        )
 
     def _rows(self, name: str, figure: Figure) -> list[Row]:
-        """One for each variant; where there is a sweep, its runs must be done."""
+        """One for each variant, at the best value of a sweep; the runs must be done."""
         rows = []
         for variant in figure.variants:
-            tried: dict[str, float | None] = {}
-            chosen = None
-            if figure.sweep is not None:
-                for at, run in self._swept(name, figure, variant).items():
-                    found = tried[f"{at:g}"] = value(run.folder, figure.sweep.by, steps=run.run.train.steps)
-                    best = tried.get(f"{chosen:g}") if chosen is not None else None
-                    if chosen is None or (found is not None and (best is None or better(found, best, figure.sweep.by))):
-                        chosen = at
-            runs = tuple(self._run(name, figure, variant, seed=seed, swept=chosen) for seed in figure.seeds)
-            rows.append(Row(variant, runs, tried, chosen))
+            if figure.sweep is None:
+                rows.append(Row(variant, self._seeds(name, figure, variant, None)))
+                continue
+            tried = {at: Row(variant, self._seeds(name, figure, variant, at)) for at in figure.sweep.values}
+            rows.append(best_of(tried, figure.sweep.by))
         return rows
 
     @staticmethod

@@ -13,19 +13,19 @@ from launch.reproduction.runs import Event, Planned
 
 
 class Board:
-    def __init__(self, what: str, runs: Sequence[Planned]) -> None:
-        self.what, self.runs = what, runs
+    def __init__(self, runs: Sequence[Planned]) -> None:
+        self.runs = runs
         self._done = {run.folder: run.run.train.steps for run in runs if run.finished}
         self._working: dict[object, Planned] = {}
         self._looked_at = 0.0
         console = Console(highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._bar = self._progress.add_task(what, total=sum(run.run.train.steps for run in runs))
+        self._bar = self._progress.add_task("steps", total=sum(run.run.train.steps for run in runs))
 
     def __enter__(self) -> Board:
         self._progress.start()
-        self._say(f"{self.what}: {len(self.runs)} runs, {len(self._done)} done before")
+        self._say(f"{len(self.runs)} runs, {len(self._done)} done before")
         return self
 
     def __exit__(

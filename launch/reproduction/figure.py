@@ -49,12 +49,11 @@ class Variant(Section):
 
 
 class Sweep(Section):
-    """Every variant is trained with each value on the first seed; the best value then is taken for the other seeds."""
+    """Every variant is trained with each value on every seed; it is shown with the value of the best mean."""
 
     setting: str
     values: Annotated[tuple[float, ...], Field(min_length=2)]
     by: Measure
-    """The largest wins."""
 
 
 class Plot(Section):

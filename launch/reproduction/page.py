@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from launch.reproduction.figure import Figure, Measure, Variant
 from launch.reproduction.measures import LOWER_IS_BETTER, SHARES, TITLES, value
 from launch.reproduction.runs import Planned
+from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import write_atomically
 
 
@@ -22,15 +23,25 @@ class Row:
 
     variant: Variant
     runs: tuple[Planned, ...]
-    swept: dict[str, float | None]
-    """Of each value that was tried, as text, what the sweep goes by; empty without a sweep."""
-    chosen: float | None
-    """The value that was best."""
+    swept: dict[float, list[float]] = field(default_factory=dict)
+    """Of each value that was tried, what the sweep goes by, seed by seed; empty without a sweep."""
+    chosen: float | None = None
+    """The value with the best mean."""
 
     def values(self, measure: Measure) -> list[float]:
         """Of each seed; empty where a run has none."""
         found = [value(each.folder, measure, steps=each.run.train.steps) for each in self.runs]
         return [number for number in found if number is not None]
+
+
+def best_of(tried: dict[float, Row], by: Measure) -> Row:
+    """The row of the value with the best mean over the seeds, the first of equal ones. Raises UserError for none."""
+    swept = {at: row.values(by) for at, row in tried.items()}
+    known = {at: float(np.mean(values)) for at, values in swept.items() if values}
+    if not known:
+        raise UserError(f"no run of {next(iter(tried.values())).variant.name} has {TITLES[by]}: nothing to choose by")
+    best = min(known, key=known.__getitem__) if by in LOWER_IS_BETTER else max(known, key=known.__getitem__)
+    return replace(tried[best], swept=swept, chosen=best)
 
 
 def write(name: str, figure: Figure, rows: Sequence[Row], out: Path) -> list[Path]:
@@ -60,13 +71,17 @@ def content(name: str, figure: Figure, rows: Sequence[Row]) -> dict[str, Any]:
                 "name": row.variant.name,
                 "runs": [each.folder.name for each in row.runs],
                 "settings": row.variant.settings,
-                **({"sweep": row.swept, "chosen": row.chosen} if row.swept else {}),
+                **({"sweep": _json_of_sweep(row), "chosen": row.chosen} if row.swept else {}),
                 "measured": {measure: _summary(row.values(measure)) for measure in figure.measures},
                 "paper": row.variant.paper,
             }
             for row in rows
         ],
     }
+
+
+def _json_of_sweep(row: Row) -> dict[str, list[float]]:
+    return {f"{at:g}": values for at, values in row.swept.items()}
 
 
 def folder_cost(rows: Sequence[Row]) -> dict[str, float]:
@@ -111,10 +126,12 @@ def markdown(name: str, figure: Figure, rows: Sequence[Row]) -> str:
     """The figure as a section of a document."""
     seeds = f"{len(figure.seeds)} seeds" if len(figure.seeds) > 1 else "ONE seed: differences may be chance"
     costs = folder_cost(rows)
+    printed = any(row.variant.paper for row in rows)
+    numbers = "Its numbers are in the table, at its own scale." if printed else "It prints no numbers for these rows."
     lines = [
         f"## {name}: {figure.title}",
         "",
-        f"{figure.source}. {figure.paper_says}",
+        f"**The paper** ({figure.source}): {figure.paper_says} {numbers}",
         "",
         f"![{name}]({name}.svg)",
         "",
@@ -127,16 +144,14 @@ def markdown(name: str, figure: Figure, rows: Sequence[Row]) -> str:
         f"{max(costs.values()):.0f}, {sum(costs.values()):.0f} in all, runs shared with other figures included.",
     ]
     if figure.sweep is not None:
-        lines += ["", f"`{figure.sweep.setting}` of each row, tried on seed {figure.seeds[0]}:", ""]
+        lines += ["", f"`{figure.sweep.setting}` of each row, by the mean over the same seeds:", ""]
         lines += [f"- {row.variant.name}: {_swept(row, figure.sweep.by)}" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def _swept(row: Row, by: Measure) -> str:
     scale = 100 if by in SHARES else 1
-    tried = [f"{at}: {'none' if found is None else f'{scale * found:.1f}'}" for at, found in row.swept.items()]
-    return f"{TITLES[by]} " + ", ".join(tried) + f"; taken: {row.chosen:g}"
-
-
-def better(a: float, b: float, measure: Measure) -> bool:
-    return a < b if measure in LOWER_IS_BETTER else a > b
+    tried = [
+        f"{at:g}: {scale * np.mean(values):.1f}" if values else f"{at:g}: none" for at, values in row.swept.items()
+    ]
+    return f"{TITLES[by]} {', '.join(tried)}; taken: {row.chosen:g}"

@@ -140,7 +140,7 @@ def test_runs_are_trained_once_swept_shared_and_shown(
     assert "trial: a trial" in told
     found = json.loads((out / "trial.json").read_text())["rows"][0]
     rates = found["sweep"]
-    assert found["chosen"] == float(min(rates, key=rates.get))
+    assert found["chosen"] == float(min(rates, key=lambda rate: rates[rate][0]))
     # The numbers are those that the run logged and found at its end.
     folder = out / "runs" / found["runs"][0]
     evaluated = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
@@ -257,7 +257,7 @@ def test_a_table_shows_the_range_over_seeds(tmp_path: Path) -> None:
         found = planned("", run, data, tmp_path)
         write_run(found.folder, [share] * 1000)
         runs.append(found)
-    row = Row(Variant(name="a | b"), tuple(runs), {}, None)
+    row = Row(Variant(name="a | b"), tuple(runs))
     assert "70.0 [50.0, 90.0]" in markdown("fig6", figure, [row])
     drawn = draw(figure, [row])
     assert drawn.startswith("<?xml")
