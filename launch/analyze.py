@@ -97,7 +97,7 @@ def _check(options: Options) -> tuple[Run, str]:
     data = options.data or run.data.validation
     if not data:
         raise UserError("--data is missing, and the run has no data.validation: give the manifest.json of some shards")
-    load_manifest(Path(data))
+    load_manifest(data)
     changes: dict[str, Any] = {"parallel": Parallel(threads=run.parallel.threads)}
     if options.tokenizer:
         changes["data"] = run.data.model_copy(update={"tokenizer": options.tokenizer})
@@ -137,7 +137,7 @@ def analyze(options: Options, run: Run, data: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures = _drawn(routed, blocks, pictures_folder(path), shown=options.pictures)
-        analysis = _analysis(options, run, routed, blocks, pictures, step=step, data=str(shards.path), of=len(shards))
+        analysis = _analysis(options, run, routed, blocks, pictures, step=step, data=shards.path, of=len(shards))
         save_analysis(analysis, path)
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written: {error}") from None

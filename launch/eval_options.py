@@ -145,7 +145,7 @@ def check(options: Options) -> Inputs:
     data = options.data or run.data.validation
     if not data:
         raise UserError("--data is missing, and the run has no data.validation: give the manifest.json of some shards")
-    load_manifest(Path(data))
+    load_manifest(data)
     classes, neighbours, learned = None, None, ""
     if isinstance(options, ZeroShotOptions):
         run = with_settings(run, "eval", templates=options.templates or run.eval.templates)
@@ -177,7 +177,7 @@ def _check_zeroshot(options: ZeroShotOptions, run: Run) -> tuple[list[ClassNames
             "give --neighbours MANIFEST, or --neighbours none to leave it out"
         )
     else:
-        load_manifest(Path(neighbours))
+        load_manifest(neighbours)
     return read_class_file(Path(options.classes)) if options.classes else None, neighbours or None
 
 
@@ -193,7 +193,7 @@ def _check_fewshot(options: FewShotOptions, run: Run) -> str:
     learned = options.train or run.data.manifest
     if not learned:
         raise UserError("--train is missing, and the run has no data.manifest: give the manifest.json of some shards")
-    load_manifest(Path(learned))
+    load_manifest(learned)
     return learned
 
 

@@ -133,7 +133,7 @@ def _evaluate(options: Options, inputs: Inputs) -> None:
         else:
             task, (content, table) = "contrastive", _contrastive(subject)
     if mesh.rank == 0:
-        where = {"run": options.run, "preset": run.preset, "step": subject.step, "data": str(subject.shards.path)}
+        where = {"run": options.run, "preset": run.preset, "step": subject.step, "data": subject.shards.path}
         path = Path(options.json or Path(options.run) / f"eval-{task}-{subject.step}.json")
         _show(table, path, {"task": task} | where | {"ranks": mesh.world.size} | content)
 

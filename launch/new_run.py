@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.parse import decisive, load_run, save_run
+from limoe_dist.config.parse import MAY_CHANGE, decisive, load_run, save_run
 from limoe_dist.config.schema import Run
 
 
@@ -27,7 +27,7 @@ def same_settings(run: Run, settings: dict[str, object], checkpoint: Path, run_d
     defaults = decisive(Run())
     for name, now in decisive(run).items():
         before = settings.get(name, defaults[name])
-        if before != now:
+        if before != now and name not in MAY_CHANGE:
             raise UserError(
                 f"{name}={now!r} in {run_dir / 'run.json'}, but {before!r} in {checkpoint}: "
                 "that file was changed after the checkpoint was written; put it back"

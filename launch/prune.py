@@ -118,7 +118,7 @@ def _check(options: Options) -> Inputs:
         )
     validation = options.validation or (run.data.validation if _is_there(run.data.validation) else "")
     for path in (*counted, *filter(None, (validation,))):
-        load_manifest(Path(path))
+        load_manifest(path)
     return Inputs(run, out, modality, counted, validation)
 
 
@@ -144,8 +144,9 @@ def _training_data(run: Run) -> tuple[str, ...]:
 
 def _is_there(manifest: str) -> bool:
     from limoe_dist.data.mixture import manifest_file
+    from limoe_dist.data.places import exists
 
-    return bool(manifest) and manifest_file(manifest).is_file()
+    return bool(manifest) and exists(manifest_file(manifest))
 
 
 def _prune(options: Options, inputs: Inputs) -> None:
@@ -217,8 +218,8 @@ def _remarks(inputs: Inputs) -> list[str]:
     from limoe_dist.data.mixture import manifest_file
 
     notes = []
-    files = {manifest_file(path).resolve() for path in inputs.counted}
-    if inputs.validation and manifest_file(inputs.validation).resolve() in files:
+    files = {manifest_file(path) for path in inputs.counted}
+    if inputs.validation and manifest_file(inputs.validation) in files:
         notes.append(
             f"accuracy is measured on {inputs.validation}, on which the experts were chosen: it flatters; give other "
             "shards with --data or --validation"
@@ -294,7 +295,7 @@ def _usage(
 def _usage_json(usage: Usage, shards: ShardSet) -> dict[str, Any]:
     counts = {str(block): list(count_E) for block, count_E in usage.count_E.items()}
     return {
-        "data": [str(part.path) for part in shards.parts],
+        "data": [part.path for part in shards.parts],
         "rows": len(shards),
         "inputs": usage.inputs,
         "choices_by_block": counts,

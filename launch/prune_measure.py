@@ -132,7 +132,7 @@ def measure(
     if before == after:
         notes.append(f"nothing was taken out: {modality}s use every expert; a smaller --coverage takes out more")
     return Measured(
-        data=str(shards.path),
+        data=shards.path,
         accuracy=tasks,
         distance=_distance(embed(pair.whole), embed(pair.pruned)),
         parameters=(before, after),

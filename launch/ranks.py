@@ -5,6 +5,7 @@ And what ranks must have been started with alike, whoever started them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from limoe_dist.config.schema import Run
 from limoe_dist.data.manifest import sha256_of
+from limoe_dist.data.places import is_remote, read_small
 
 
 def agreement(run: Run, *, files: Mapping[str, str], options: Mapping[str, object]) -> dict[str, str]:
@@ -33,6 +35,8 @@ def agreement(run: Run, *, files: Mapping[str, str], options: Mapping[str, objec
 def _checksum(path: str) -> str:
     if not path:
         return "none given"
+    if is_remote(path):
+        return hashlib.sha256(read_small(path)).hexdigest()
     file = Path(path) / "manifest.json" if Path(path).is_dir() else Path(path)
     return sha256_of(file) if file.is_file() else "not there"
 

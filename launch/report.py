@@ -70,7 +70,7 @@ def write_report(options: Options) -> Path:
         raise UserError(f"--examples={options.examples}: must be 0 to {MOST_EXAMPLES}")
     run = load_run(folder / "run.json")
     if options.data:
-        load_manifest(Path(options.data))
+        load_manifest(options.data)
 
     from limoe_dist.analysis.evaluated import results
     from limoe_dist.analysis.history import read_evaluations, read_metrics

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
-from limoe_dist.data.manifest import load_manifest
+from limoe_dist.data.manifest import load_manifest, manifest_place
+from limoe_dist.data.places import exists, parent
 
 if TYPE_CHECKING:
     from limoe_dist.data.tokenizer import Tokenizer
@@ -22,15 +23,14 @@ def open_run_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
     if run.data.tokenizer:
         tokenizer = Tokenizer(run.data.tokenizer, length=run.text.length, vocab_limit=run.text.vocab_size)
     else:
-        path = Path(run.data.manifest)
-        path = path / "manifest.json" if path.is_dir() else path
-        if not path.is_file():
+        place = manifest_place(run.data.manifest)
+        if not exists(place):
             raise UserError(
-                f"the run's tokenizer is beside its training manifest, and {path} is not there: "
+                f"the run's tokenizer is beside its training manifest, and {place} is not there: "
                 "give --tokenizer FILE, the SentencePiece model that the run was trained with",
                 told_by=0,
             )
-        tokenizer = open_tokenizer(run, load_manifest(path), path.parent)
+        tokenizer = open_tokenizer(run, load_manifest(place), parent(place))
     found, expected = sha256_of(tokenizer.path), read_state(checkpoint).tokenizer
     if found != expected:
         raise UserError(

@@ -103,7 +103,7 @@ def _check(run: Run, out: Path, *, world: int, resume: bool, alone: bool) -> Non
     for line in crowded(run.data, manifests, batch_pairs=run.train.batch_pairs) if alone else []:
         print(f"limoe: warning: {line}", file=sys.stderr)
     if run.data.validation:
-        load_manifest(Path(run.data.validation))
+        load_manifest(run.data.validation)
     problems = resume_problems(out, run) if resume else []
     if not resume and alone and (problem := new_run_problem(out)):
         problems = [problem]
@@ -170,12 +170,14 @@ def _fitted(run: Run, out: Path, *, world: int, tells: bool) -> Run:
 
     if not checkpoints(out):
         return run
-    before = read_state(latest_checkpoint(out)).layout.ranks
-    fitted = fit_microbatches(run, before=before, now=world)
+    state = read_state(latest_checkpoint(out))
+    before, batch_before = state.layout.ranks, state.settings.get("train.batch_pairs", run.train.batch_pairs)
+    fitted = fit_microbatches(run, before=before, now=world, batch_before=batch_before)
     if tells and before != world:
         pairs, parts = run.train.batch_pairs / world, fitted.train.microbatch_pairs
+        batch = "the same batch" if batch_before == run.train.batch_pairs else f"a batch of {run.train.batch_pairs}"
         print(
-            f"ranks: {world}, where the checkpoint was saved by {before}: {pairs:g} pairs of the same batch on each, "
+            f"ranks: {world}, where the checkpoint was saved by {before}: {pairs:g} pairs of {batch} on each, "
             + (f"{parts} at once (train.microbatch_pairs={parts})" if parts else "all at once")
         )
     return fitted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from limoe_dist.config.errors import UserError
@@ -76,7 +75,7 @@ def _text(value: Any) -> str:
 
 def _data_set(role: str, path: str) -> DataSet:
     try:
-        manifest = load_manifest(Path(path))
+        manifest = load_manifest(path)
     except UserError as error:
         return DataSet(role, path, "", 0, (), str(error))
     return DataSet(role, path, manifest.name, manifest.rows, manifest.sources, "")

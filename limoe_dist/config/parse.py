@@ -41,10 +41,15 @@ def parse_model(kind: type[T], path: Path) -> T:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    return parse_text(kind, text, place=str(path))
+
+
+def parse_text(kind: type[T], text: str | bytes, *, place: str) -> T:
+    """A model from JSON text that was read from `place`. Raises UserError with one line for each problem."""
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in sentences(error, kind))) from None
+        raise UserError("\n".join(f"{place}: {line}" for line in sentences(error, kind))) from None
 
 
 def sentences(error: ValidationError, kind: type[BaseModel]) -> list[str]:
@@ -98,6 +103,8 @@ def decisive(run: Run) -> dict[str, Any]:
     for section, indifferent in _INDIFFERENT.items():
         for name in indifferent:
             content[section].pop(name)
+    # Of the data, its order: what is in it has a hash of its own.
+    content["data"] = {name: getattr(run.data, name) for name in ("window_rows", "block_shards")}
     return {f"{section}.{name}": value for section, fields in content.items() for name, value in fields.items()}
 
 
@@ -106,8 +113,12 @@ def fingerprint(run: Run) -> str:
     return hashlib.sha256(json.dumps(decisive(run), sort_keys=True).encode()).hexdigest()
 
 
+MAY_CHANGE = ("train.batch_pairs",)
+"""Decisive settings that a run may go on with changed: the position in the data counts pairs, not steps."""
+
+
 def changed_settings(before: dict[str, Any], run: Run, place: Path) -> list[str]:
-    """One sentence for each decisive setting that differs from those in `place`.
+    """One sentence for each decisive setting that differs from those in `place`, and may not.
 
     A setting that is unknown there came with a later version, and must have its default.
     """
@@ -116,5 +127,5 @@ def changed_settings(before: dict[str, Any], run: Run, place: Path) -> list[str]
         f"{name}={value!r}, but {place} has {before.get(name, defaults[name])!r}: "
         "a resumed run keeps what decides its results"
         for name, value in decisive(run).items()
-        if before.get(name, defaults[name]) != value
+        if before.get(name, defaults[name]) != value and name not in MAY_CHANGE
     ]

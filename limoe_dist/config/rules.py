@@ -233,7 +233,7 @@ def _layout(run: Run, world: int, *, resumed: bool) -> list[str]:
         group = f" in groups of moe.group_pairs={moe.group_pairs}" if moe.blocks else ""
         problems.append(
             f"{world} ranks cannot share train.batch_pairs={run.train.batch_pairs} evenly{group}, and a resumed run "
-            f"keeps its batch: use {_choices(_fitting_ranks(run, world))} ranks"
+            f"keeps its batch where no other is given: use {_choices(_fitting_ranks(run, world))} ranks"
         )
     elif run.train.batch_pairs % unit:
         below, above = run.train.batch_pairs // unit * unit, -(-run.train.batch_pairs // unit) * unit
@@ -257,16 +257,17 @@ def _fitting_ranks(run: Run, world: int) -> list[int]:
     return [ranks for ranks in fitting if ranks < world][-4:] + [ranks for ranks in fitting if ranks > world][:4]
 
 
-def fit_microbatches(run: Run, *, before: int, now: int) -> Run:
+def fit_microbatches(run: Run, *, before: int, now: int, batch_before: int | None = None) -> Run:
     """A run that `before` ranks trained, for `now` ranks: no more pairs of a rank are in memory at once than before.
 
-    The batch stays, and with it the gradient. Numbers of ranks that cannot share the batch are left to `check`.
+    batch_before: the batch of those ranks, where the run goes on with another one.
+    The gradient is that of the batch. Numbers of ranks that cannot share the batch are left to `check`.
     """
     batch, unit = run.train.batch_pairs, run.moe.group_pairs if run.moe.blocks else 1
     if batch % (now * unit):
         return run
-    pairs, at_once = batch // now, run.train.microbatch_pairs or batch // before
-    if now == before and (not run.train.microbatch_pairs or pairs % at_once == 0):
+    pairs, at_once = batch // now, run.train.microbatch_pairs or (batch_before or batch) // before
+    if pairs == (batch_before or batch) // before and (not run.train.microbatch_pairs or pairs % at_once == 0):
         return run
     fitting = [part for part in divisors(pairs, up_to=at_once) if part % unit == 0] if pairs > at_once else [0]
     return run.model_copy(

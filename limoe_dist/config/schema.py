@@ -142,8 +142,9 @@ class Moe(Section):
 
 class Data(Section):
     manifest: str = ""
-    """manifest.json of the training shards (`limoe prep pack` writes it). With data.mixture: the one of its manifests
-    whose tokenizer is used; empty: the first."""
+    """manifest.json of the training shards (`limoe prep pack` writes it), a path or a URL such as
+    s3://bucket/web/manifest.json. With data.mixture: the one of its manifests whose tokenizer is used; empty: the
+    first."""
     mixture: tuple[str, ...] = ()
     """Several training manifests with their shares of the samples, each MANIFEST=WEIGHT, as in web/manifest.json=3
     classes/manifest.json=1; a weight is a number such as 3, 0.25 or 1/4. Empty: data.manifest alone."""
@@ -151,6 +152,20 @@ class Data(Section):
     """manifest.json of shards that are never trained on, for evaluation during training."""
     tokenizer: str = ""
     """SentencePiece .model; empty: the one that the training manifest names."""
+    window_rows: CountOrZero = 262_144
+    """Rows of a source that are mixed with one another: an epoch goes through its shards in a random order, and through
+    the rows of so many of them at a time in a random order. Fewer: fewer shards are open, and cached, at once, and a
+    batch is from fewer shards. A smaller source, and with 0 every source, is mixed as a whole."""
+    block_shards: Count = 1
+    """Neighbouring shards that stay together in that order."""
+    check: Literal["start", "never"] = "start"
+    """start: compare the checksums of all local shards before the first step. never: only their sizes, for sets that
+    `limoe prep verify` has read. Shards from a URL are always compared when they arrive."""
+    cache: str = ""
+    """Folder of this host for shards from a URL, shared by its ranks; empty: limoe-shards in the folder for temporary
+    files (TMPDIR)."""
+    cache_gb: Positive = 100.0
+    """Most gigabytes in that folder; at least the shards of one window of each source."""
     threads: Count = 1
     """Decoder threads of each rank."""
     prefetch: Count = 2

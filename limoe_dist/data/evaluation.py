@@ -109,7 +109,7 @@ def _batch(
         tokens=on_device(tokens.tokens, device) if tokens else None,
         valid=on_device(tokens.valid, device) if tokens else None,
         bad=tuple(
-            BadRow(row.number, row.key, reason)
+            BadRow(row.number, row.number, row.key, reason)
             for row, reason, counts in zip(rows, pictures.reasons, inside, strict=True)
             if reason and counts
         ),

@@ -1,11 +1,17 @@
-"""Batches for training: positions -> rows -> captions and pictures -> tensors, prepared ahead by one thread."""
+"""Batches for training: positions -> rows -> captions and pictures -> tensors, prepared ahead by one thread.
+
+Rows that others stand in for are written down as they are met.
+"""
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -13,17 +19,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from limoe_dist.config.errors import warn
 from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.augment import augment_params, caption_index
 from limoe_dist.data.dali import Decoder
 from limoe_dist.data.header import refusal
-from limoe_dist.data.mixture import Mixture, entries_of
-from limoe_dist.data.order import Ranges, rank_positions
+from limoe_dist.data.mixture import Mixture, entries_of, orders_of
+from limoe_dist.data.order import Ints, Ranges, rank_positions, rows_checksum
 from limoe_dist.data.pictures import PictureReader
-from limoe_dist.data.stand_ins import BadCount, BadRow, fill
+from limoe_dist.data.stand_ins import BadCount, BadRow, Filled, fill
 from limoe_dist.data.tokenizer import Tokenizer
 from limoe_dist.data.transfer import copies_finished, on_device, use_on_current_stream
+
+MOST_MAPPED = 16_384
+"""Shards mapped at once: Linux gives a process 65,530 mappings (vm.max_map_count), torch and DALI take some."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class Batch:
     """The first of the b positions that were consumed: neighbours, but where a quarantined range is between them."""
     rows: npt.NDArray[np.int64]
     """(b,) the rows that were used, by their number in the whole ShardSet: a stand-in where the own row is bad."""
+    checksum: int
+    """Of the positions and the rows that they used; see `order.rows_checksum`."""
     images: Tensor
     """(b, 3, size, size) float32, normalised."""
     tokens: Tensor
@@ -52,8 +64,9 @@ class Loader:
     """One Batch a step, from `first_step` to train.steps - 1. Iterate once, and close (or use `with`):
     a thread works ahead.
 
-    A step's batch is a function of (train.seed, step), of the quarantined positions, of the shards and of the weights
-    of data.mixture alone, never of what was read before; a rank gets its contiguous slice of it.
+    Pair p of the run is a function of train.seed, of the quarantined positions, of the shards, their order and the
+    weights of data.mixture alone, never of what was read before, of the batch or of the ranks; a rank gets its
+    contiguous slice of a step's pairs.
     """
 
     def __init__(
@@ -66,20 +79,34 @@ class Loader:
         world: int,
         first_step: int,
         device: torch.device,
+        first_pair: int | None = None,
         quarantined: Ranges = (),
+        replaced: Path | None = None,
     ) -> None:
         """Starts the thread. Raises ValueError where world does not divide train.batch_pairs.
 
         shards: of data.mixture, the parts in its order; else one.
+        first_pair: pairs that the run has read before first_step; None: those of so many steps of train.batch_pairs.
+        replaced: a file for lines about rows that others stand in for, as they are met; None: it is not kept.
         """
         self.run, self.shards, self.tokenizer, self.device = run, shards, tokenizer, device
         self.rank, self.world, self.quarantined = rank, world, quarantined
+        self._first_step = first_step
+        self._first_pair = first_step * run.train.batch_pairs if first_pair is None else first_pair
+        manifests = [part.manifest for part in shards.parts]
         self._mixture = Mixture([entry.weight for entry in entries_of(run.data)])
+        self._orders = orders_of(run.data, manifests, seed=run.train.seed)
         self._first_rows = np.array([part.first_row for part in shards.parts], dtype=np.int64)
+        self._first_shards = np.cumsum([0, *(len(one.shards) for one in manifests)]).tolist()
+        open_at_once = sum(order.shards_of_a_window for order in self._orders)
+        shards.most_open = min(max(shards.most_open, open_at_once), MOST_MAPPED)
+        self._ahead: list[list[int]] = []
         pairs = len(self._positions(first_step))
         decoder = Decoder(run.image, mode="train", batch_size=pairs, threads=run.data.threads, device=device)
         self._reader = PictureReader(decoder, refusal)
-        self._count = BadCount(run.data.max_bad_frac, " and ".join(str(part.path) for part in shards.parts))
+        place = " and ".join(part.path for part in shards.parts)
+        self._count = BadCount(run.data.max_bad_frac, place, report="" if replaced is None else str(replaced))
+        self._replaced = replaced
         self._closed = threading.Event()
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=run.data.prefetch)
         self._thread = threading.Thread(target=self._work, args=(first_step,), name="limoe-loader", daemon=True)
@@ -135,22 +162,25 @@ class Loader:
                 continue
             return
 
-    def _positions(self, step: int) -> npt.NDArray[np.int64]:
+    def _positions(self, step: int) -> Ints:
+        batch_pairs = self.run.train.batch_pairs
         return rank_positions(
-            step,
-            batch_pairs=self.run.train.batch_pairs,
+            self._first_pair + (step - self._first_step) * batch_pairs,
+            batch_pairs=batch_pairs,
             rank=self.rank,
             world=self.world,
             quarantined=self.quarantined,
         )
 
     def _prepare(self, step: int) -> Batch:
-        seed, positions = self.run.train.seed, self._positions(step)
-        drawn = self._mixture.at(positions, rows=[part.manifest.rows for part in self.shards.parts], seed=seed)
+        positions = self._positions(step)
+        self._fetch_ahead(int(positions[0]))
+        drawn = self._mixture.at(positions, self._orders)
         numbers = self._first_rows[drawn.sources] + drawn.rows
-        params = augment_params(positions, self.run.image, seed=seed)
+        params = augment_params(positions, self.run.image, seed=self.run.train.seed)
         with copies_finished(self.device):
             filled = fill(self.shards, self._reader, positions.tolist(), numbers.tolist(), params)
+            self._write_down(filled)
             self._count.add(filled)
             tokens = self.tokenizer(
                 [
@@ -158,10 +188,12 @@ class Loader:
                     for row, draw in zip(filled.rows, params.caption, strict=True)
                 ]
             )
+            rows = np.array([row.number for row in filled.rows], dtype=np.int64)
             return Batch(
                 step=step,
                 first_position=int(positions[0]),
-                rows=np.array([row.number for row in filled.rows], dtype=np.int64),
+                rows=rows,
+                checksum=rows_checksum(positions, rows),
                 images=filled.images,
                 tokens=on_device(tokens.tokens, self.device),
                 valid=on_device(tokens.valid, self.device),
@@ -169,3 +201,45 @@ class Loader:
                 bad=self._count.bad,
                 seen=self._count.seen,
             )
+
+    def _fetch_ahead(self, position: int) -> None:
+        """Names the shards of this window and the next to the cache, where that has changed."""
+        if self.shards.cache is None:
+            return
+        sources, samples = self._mixture.samples(np.arange(position, position + self._mixture.period))
+        firsts = [int(samples[sources == source].min()) for source in range(len(self._orders))]
+        ahead = [
+            [self._first_shards[source] + shard for shard in order.shards_from(sample)]
+            for source, (order, sample) in enumerate(zip(self._orders, firsts, strict=True))
+        ]
+        if ahead != self._ahead:
+            self._ahead = ahead
+            # All sources are read at once: of each the first, then of each the second...
+            rounds = zip_longest(*ahead)
+            self.shards.want([shard for turn in rounds for shard in turn if shard is not None])
+
+    def _write_down(self, filled: Filled) -> None:
+        """One line for each position whose own row is bad. `limoe prep audit` reads it."""
+        if self._replaced is None or not filled.replaced:
+            return
+        used = {position: row.number for position, row in zip(filled.positions, filled.rows, strict=True)}
+        met: dict[int, list[BadRow]] = {}
+        for bad in filled.replaced:
+            met.setdefault(bad.position, []).append(bad)
+        lines = [
+            {
+                "position": position,
+                "row": bad[0].row,
+                "key": bad[0].key,
+                "reason": bad[0].reason,
+                "bad_stand_ins": [other.row for other in bad[1:]],
+                "stand_in": used[position],
+            }
+            for position, bad in met.items()
+        ]
+        try:
+            self._replaced.parent.mkdir(parents=True, exist_ok=True)
+            with self._replaced.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            warn(f"{self._replaced}: {len(lines)} lines about replaced rows are lost: {error.strerror}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.parse import parse_model, write_atomically
+from limoe_dist.config.parse import parse_model, parse_text, write_atomically
+from limoe_dist.data.places import is_remote, join, local, read_small
 
 SCHEMA_VERSION = 1
 COLUMNS = ("key", "image", "captions", "concept", "width", "height", "sha256", "source")
@@ -68,6 +70,10 @@ class Manifest(_Part):
     """Rows that are a picture alone; None: packed before this was counted."""
     without_picture: int | None = Field(default=None, ge=0)
     """Rows that are text alone; None: packed before this was counted."""
+    made_with: dict[str, str] = {}
+    """Versions of the programs that decide the shards' bytes: encoders, decoders, Arrow; {} where none were noted."""
+    settings: dict[str, Any] = {}
+    """Of `limoe prep pack`: what the rows went through; no paths. {} where none were noted."""
 
     @property
     def pairs(self) -> int | None:
@@ -77,36 +83,54 @@ class Manifest(_Part):
         return self.rows - self.without_caption - self.without_picture
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Reads a manifest and checks that its shards exist with their sizes (checksums: `verify_shards`).
+def manifest_place(given: Path | str) -> str:
+    """Path or URL of manifest.json, which may be given by its folder."""
+    text = str(given)
+    if is_remote(text):
+        return text if text.partition("?")[0].endswith(".json") else join(text, "manifest.json")
+    path = local(text)
+    return str(path / "manifest.json" if path.is_dir() else path)
 
+
+def load_manifest(given: Path | str) -> Manifest:
+    """Reads a manifest, from a path or a URL, and checks that its shards exist with their sizes.
+
+    Shards from a URL are looked at when they are fetched. Checksums: `verify_shards`.
     Raises UserError where the file is no manifest, is of another schema, or a shard is missing or of another size.
     """
-    if path.is_dir():
-        path = path / "manifest.json"
-    manifest = parse_model(Manifest, path)
+    place = manifest_place(given)
+    manifest = (
+        parse_text(Manifest, read_small(place), place=place)
+        if is_remote(place)
+        else parse_model(Manifest, local(place))
+    )
     if manifest.schema_version != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: schema_version={manifest.schema_version}, but this version reads {SCHEMA_VERSION}: "
+            f"{place}: schema_version={manifest.schema_version}, but this version reads {SCHEMA_VERSION}: "
             "pack the shards again with `limoe prep pack`"
         )
-    files = [shard.file for shard in manifest.shards]
-    if twice := [file for file in files if files.count(file) > 1]:
-        raise UserError(f"{path}: shard {twice[0]} is listed twice, so its rows would be read twice: pack again")
+    counts = Counter(shard.file for shard in manifest.shards)
+    if twice := [file for file, count in counts.items() if count > 1]:
+        raise UserError(f"{place}: shard {twice[0]} is listed twice, so its rows would be read twice: pack again")
     if sum(shard.rows for shard in manifest.shards) != manifest.rows:
-        raise UserError(f"{path}: rows={manifest.rows}, but its shards hold {sum(s.rows for s in manifest.shards)}")
+        raise UserError(f"{place}: rows={manifest.rows}, but its shards hold {sum(s.rows for s in manifest.shards)}")
     if (manifest.pairs or 0) < 0:
         raise UserError(
-            f"{path}: without_caption={manifest.without_caption} and without_picture={manifest.without_picture} are "
+            f"{place}: without_caption={manifest.without_caption} and without_picture={manifest.without_picture} are "
             f"together more than rows={manifest.rows}: pack again"
         )
+    if not is_remote(place):
+        _check_sizes(manifest, local(place))
+    return manifest
+
+
+def _check_sizes(manifest: Manifest, path: Path) -> None:
     for shard in manifest.shards:
         file = path.parent / shard.file
         if not file.is_file():
             raise UserError(f"{path}: shard {shard.file} is missing: pack again, or copy the whole folder")
         if file.stat().st_size != shard.bytes:
             raise UserError(f"{file}: {file.stat().st_size} bytes, but {path.name} says {shard.bytes}: pack again")
-    return manifest
 
 
 def save_manifest(manifest: Manifest, path: Path) -> None:
@@ -118,14 +142,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify_shards(manifest: Manifest, folder: Path, *, rank: int = 0, world: int = 1) -> None:
+def verify_shards(manifest: Manifest, folder: Path | str, *, rank: int = 0, world: int = 1) -> None:
     """Compares the checksum of every `world`-th shard, from the `rank`-th on: together the ranks read each once.
 
-    Raises UserError naming the first that differs.
+    Shards from a URL are compared when they are fetched, not here. Raises UserError naming the first that differs.
     """
-    for shard in manifest.shards[rank::world]:
-        if sha256_of(folder / shard.file) != shard.sha256:
+    for shard in () if is_remote(str(folder)) else manifest.shards[rank::world]:
+        file = Path(folder) / shard.file
+        if sha256_of(file) != shard.sha256:
             raise UserError(
-                f"{folder / shard.file}: its checksum is not the one in the manifest: "
+                f"{file}: its checksum is not the one in the manifest: "
                 "the shard was changed after packing; pack again or copy it again"
             )

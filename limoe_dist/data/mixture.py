@@ -1,10 +1,12 @@
 """Training data from several manifests: which source each position of the run reads, and which sample of that source.
 
-data.mixture=("web=3", "classes=1") reads, for ever, the pattern web web web classes. The weights are reduced to whole
-numbers w_s; their sum W is the period. Among the first n positions source s has floor(n * w_s / W) or ceil(n * w_s / W)
-samples, whatever n is: each sample is a unit of work that may not be done before its turn nor after its deadline, and
-earliest deadline first meets all of them (Liu and Layland, 1973). So where a batch times a share is whole, every batch
-has exactly that many. The state is the position alone; each source counts its own epochs. Needs neither torch nor DALI.
+data.mixture=("web=3", "classes=1") reads, for ever, the pattern web web classes web. The weights are reduced to whole
+numbers w_s; their sum W is the period. After n positions source s is less than one sample from n * w_s / W, whatever n
+is: of k sources at most 1 - 1 / (2k - 2), which no pattern improves for all weights (Tijdeman, 1980). So where a batch
+times a share is whole, every batch has exactly that many. A stretch between two positions is off by at most twice that:
+by one sample with two sources, by less than two with more, and for most weights of three sources no pattern keeps every
+stretch within one (docs/design.md). The state is the position alone; each source counts its own epochs.
+Needs neither torch nor DALI.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import numpy as np
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Data
-from limoe_dist.data.manifest import Manifest, load_manifest
-from limoe_dist.data.order import Ints, row_at
+from limoe_dist.data.manifest import Manifest, load_manifest, manifest_place
+from limoe_dist.data.order import Ints, SourceOrder
+from limoe_dist.data.places import is_remote, local
 
 MAX_PERIOD = 100_000
 """Longest pattern: it is kept whole in memory, and the shares are exact only over whole patterns."""
@@ -49,7 +52,7 @@ def entries_of(data: Data) -> tuple[Entry, ...]:
     """
     if not data.mixture:
         return (Entry(data.manifest, 1),)
-    parsed, problems, met = [], [], dict[Path, str]()
+    parsed, problems, met = [], [], dict[str, str]()
     for text in data.mixture:
         path, weight, problem = _parsed(text)
         file = manifest_file(path)
@@ -85,11 +88,10 @@ def absolute(data: Data) -> Data:
     """As `with_home`, with all paths absolute: they mean the same when the run goes on from another directory."""
     data = with_home(data)
     mixture = tuple(
-        f"{Path(path.strip()).absolute()}={weight.strip()}"
-        for path, _, weight in (e.rpartition("=") for e in data.mixture)
+        f"{_absolute(path.strip())}={weight.strip()}" for path, _, weight in (e.rpartition("=") for e in data.mixture)
     )
-    paths = {"manifest": data.manifest, "validation": data.validation, "tokenizer": data.tokenizer}
-    found = {name: str(Path(path).absolute()) for name, path in paths.items() if path}
+    paths = {"manifest": data.manifest, "validation": data.validation, "tokenizer": data.tokenizer, "cache": data.cache}
+    found = {name: _absolute(path) for name, path in paths.items() if path}
     return data.model_copy(update={**found, "mixture": mixture})
 
 
@@ -105,7 +107,7 @@ def files_of(data: Data) -> dict[str, str]:
 def load_manifests(data: Data) -> tuple[Manifest, ...]:
     """The manifests to train on, in the order of `entries_of`. Raises UserError where one cannot be trained on."""
     entries = entries_of(data)
-    manifests = tuple(load_manifest(Path(entry.path)) for entry in entries)
+    manifests = tuple(load_manifest(entry.path) for entry in entries)
     check_pairs(data, manifests)
     return manifests
 
@@ -210,20 +212,28 @@ class Mixture:
         for places in self._places:
             self._nth[places] = np.arange(len(places))
 
-    def at(self, positions: Ints, *, rows: Sequence[int], seed: int) -> Drawn:
+    @property
+    def period(self) -> int:
+        """Positions after which the pattern repeats; each source comes at least once in so many."""
+        return len(self._pattern)
+
+    def at(self, positions: Ints, orders: Sequence[SourceOrder]) -> Drawn:
         """Source, epoch and row that each position reads.
 
-        positions: (n,) int64, >= 0. rows: of each source. Every epoch of a source is a permutation of its own rows,
-        keyed by (seed, source, epoch): two copies of one manifest are read in different orders.
+        positions: (n,) int64, >= 0. orders: of each source; see `orders_of`.
         """
+        sources, samples = self.samples(positions)
+        epochs, found = np.empty_like(samples), np.empty_like(samples)
+        for source, order in enumerate(orders):
+            here = np.flatnonzero(sources == source)
+            epochs[here], found[here] = order.at(samples[here])
+        return Drawn(sources=sources, epochs=epochs, rows=found)
+
+    def samples(self, positions: Ints) -> tuple[Ints, Ints]:
+        """Source of each position, and how many samples that source had before: (n,) int64 each."""
         turns, places = np.divmod(np.asarray(positions, dtype=np.int64), len(self._pattern))
         sources = self._pattern[places]
-        samples = turns * self._weights[sources] + self._nth[places]
-        epochs, found = np.empty_like(samples), np.empty_like(samples)
-        for source, count in enumerate(rows):
-            here = np.flatnonzero(sources == source)
-            epochs[here], found[here] = row_at(samples[here], rows=count, seed=seed, source=source)
-        return Drawn(sources=sources, epochs=epochs, rows=found)
+        return sources, turns * self._weights[sources] + self._nth[places]
 
     def counts(self, end: int) -> list[int]:
         """Samples of each source among positions 0 to end - 1."""
@@ -234,24 +244,41 @@ class Mixture:
         ]
 
 
+def orders_of(data: Data, manifests: Sequence[Manifest], *, seed: int) -> tuple[SourceOrder, ...]:
+    """How each source is read: two copies of one manifest are read in different orders."""
+    return tuple(
+        SourceOrder(
+            shard_rows=tuple(shard.rows for shard in manifest.shards),
+            seed=seed,
+            source=source,
+            window_rows=data.window_rows,
+            block_shards=data.block_shards,
+        )
+        for source, manifest in enumerate(manifests)
+    )
+
+
 def _interleaving(weights: Sequence[int]) -> Ints:
     """The source of each position of one period, (W,) int64.
 
-    Sample j of a source (from 1) may come at position floor((j - 1) * W / w) or later, and must be among the first
-    ceil(j * W / w). Of those whose turn has come the earliest deadline goes first; of equals, the earlier source.
+    With a = 1 / (2k - 2), sample j of a source (from 1) may come when (j - 1 + a) W / w positions are reached, and must
+    before (j - a) W / w are passed. Of those whose turn has come the earliest deadline goes first; of equals, the
+    earlier source.
     """
-    period = sum(weights)
-    coming = [(0, source, 1) for source in range(len(weights))]
-    due: list[tuple[int, int, int]] = []
+    period, twice = sum(weights), max(2, 2 * len(weights) - 2)
+    # Times in units of 1 / twice, so that all are whole numbers; the position after the n-th sample is n.
+    coming = [(-(-(period) // (twice * weight)), source, 1) for source, weight in enumerate(weights)]
+    heapq.heapify(coming)
+    due: list[tuple[Fraction, int, int]] = []
     pattern = np.empty(period, dtype=np.int64)
-    for position in range(period):
+    for position in range(1, period + 1):
         while coming and coming[0][0] <= position:
             _, source, sample = heapq.heappop(coming)
-            heapq.heappush(due, (-(-sample * period // weights[source]), source, sample))
+            heapq.heappush(due, (Fraction((twice * sample - 1) * period, twice * weights[source]), source, sample))
         _, source, sample = heapq.heappop(due)
-        pattern[position] = source
+        pattern[position - 1] = source
         if sample < weights[source]:
-            heapq.heappush(coming, (sample * period // weights[source], source, sample + 1))
+            heapq.heappush(coming, (-(-(twice * sample + 1) * period // (twice * weights[source])), source, sample + 1))
     return pattern
 
 
@@ -287,7 +314,11 @@ def _reduced(weights: Sequence[int]) -> list[int]:
     return [weight // divisor for weight in weights]
 
 
-def manifest_file(path: Path | str) -> Path:
+def manifest_file(path: Path | str) -> str:
     """The one name of a manifest that may be given by its folder, by a link, or from here."""
-    given = Path(path)
-    return (given / "manifest.json" if given.is_dir() else given).resolve()
+    place = manifest_place(path)
+    return place if is_remote(place) else str(local(place).resolve())
+
+
+def _absolute(place: str) -> str:
+    return place if is_remote(place) else str(local(place).absolute())

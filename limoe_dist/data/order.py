@@ -1,14 +1,20 @@
 """Which row a position reads: a stateless permutation, so that the whole state of the data order is one integer.
 
-A *position* counts pairs from the first of the run: step s of a run with B pairs reads positions
-s * B to (s + 1) * B - 1, whatever the number of ranks. Every epoch holds every row exactly once.
+A *position* counts pairs from the first of the run: a step reads the next B of them, whatever the number of ranks, and
+so does a run that goes on with another B. Every epoch holds every row exactly once.
 Positions that a run quarantined, after it went back behind a spike, are jumped over: no step reads them.
+
+A source of at most `window_rows` rows is permuted as a whole. A larger one is read almost in sequence: its blocks of
+neighbouring shards are permuted, and then the rows of each window of that sequence. At any time only the shards of one
+window are open, each is needed during one stretch of the epoch, and a batch still holds rows of all shards of a window.
 Needs neither torch nor DALI.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -20,21 +26,134 @@ Words = npt.NDArray[np.uint64]
 _ROUNDS = 8
 
 
-def row_at(positions: Ints, *, rows: int, seed: int, source: int = 0) -> tuple[Ints, Ints]:
-    """Epoch and row of each position: (epochs, rows), each (n,) int64.
+def row_at(samples: Ints, *, rows: int, seed: int, source: int = 0) -> tuple[Ints, Ints]:
+    """Epoch and row of each sample of a source that is permuted as a whole: (epochs, rows), each (n,) int64.
 
-    positions: (n,) int64, >= 0; in a mixture, samples of the source. rows: of the source, 1 to 2**62. seed: >= 0.
+    samples: (n,) int64, >= 0; without a mixture, positions. rows: of the source, 1 to 2**62. seed: >= 0.
     source: its number in a mixture. Within one epoch the rows are a permutation of 0..rows-1, keyed by
     (seed, source, epoch); source 0 is read as it is without a mixture.
-    Raises ValueError for a negative position or seed, and for rows outside 1 to 2**62.
+    Raises ValueError for a negative sample or seed, and for rows outside 1 to 2**62.
     """
-    positions = np.asarray(positions, dtype=np.int64)
-    if positions.size and positions.min() < 0:
-        raise ValueError(f"position {positions.min()} is negative")
+    epochs, places = _epochs(samples, rows)
+    return epochs, permuted(places, size=rows, keys=epoch_keys(seed, epochs, source=source))
+
+
+def _epochs(samples: Ints, rows: int) -> tuple[Ints, Ints]:
+    """Epoch, and place in it, of each sample."""
+    samples = np.asarray(samples, dtype=np.int64)
+    if samples.size and samples.min() < 0:
+        raise ValueError(f"position {samples.min()} is negative")
     if rows < 1:
         raise ValueError(f"rows={rows}: a source has at least one")
-    epochs = positions // rows
-    return epochs, permuted(positions - epochs * rows, size=rows, keys=epoch_keys(seed, epochs, source=source))
+    epochs = samples // rows
+    return epochs, samples - epochs * rows
+
+
+# What else is drawn from an epoch's key, apart from the permutation of a whole source.
+_BLOCKS, _WINDOWS = np.uint64(0xB10C), np.uint64(0x319D)
+
+
+@dataclass(frozen=True)
+class SourceOrder:
+    """The rows of one source in the order in which a run reads them."""
+
+    shard_rows: tuple[int, ...]
+    """Rows of each shard, each >= 1."""
+    seed: int
+    source: int = 0
+    """Its number in a mixture."""
+    window_rows: int = 0
+    """Rows that are mixed with one another; 0: all rows of an epoch."""
+    block_shards: int = 1
+    """Neighbouring shards that stay together when shards are permuted."""
+
+    @cached_property
+    def rows(self) -> int:
+        return sum(self.shard_rows)
+
+    @property
+    def windowed(self) -> bool:
+        return 0 < self.window_rows < self.rows
+
+    @property
+    def shards_of_a_window(self) -> int:
+        """About how many shards are read at a time."""
+        if not self.windowed:
+            return len(self.shard_rows)
+        return -(-self.window_rows * len(self.shard_rows) // self.rows) + 2
+
+    def at(self, samples: Ints) -> tuple[Ints, Ints]:
+        """Epoch and row of the source's samples, each (n,) int64. Raises ValueError for a negative one."""
+        if not self.windowed:
+            return row_at(samples, rows=self.rows, seed=self.seed, source=self.source)
+        epochs, places = _epochs(samples, self.rows)
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = np.flatnonzero(epochs == epoch)
+            rows[here] = self._sequence(epoch).rows_at(self._mixed(places[here], epoch))
+        return epochs, rows
+
+    def shards_from(self, sample: int, *, windows: int = 2) -> list[int]:
+        """The shards that this sample and those after it read, in the order of need, as far as `windows` windows."""
+        epoch, place = divmod(sample, self.rows)
+        if not self.windowed:
+            return list(range(len(self.shard_rows)))
+        first = place // self.window_rows * self.window_rows
+        found = self._sequence(epoch).shards_between(first, min(first + windows * self.window_rows, self.rows))
+        if first + windows * self.window_rows > self.rows:
+            found += self._sequence(epoch + 1).shards_between(0, first + windows * self.window_rows - self.rows)
+        return list(dict.fromkeys(found))
+
+    def _mixed(self, places: Ints, epoch: int) -> Ints:
+        """Where the permutation within its window takes each place of an epoch."""
+        windows, inside = np.divmod(places, self.window_rows)
+        keys = mixed(mixed(self._key(epoch) ^ _WINDOWS) + windows.astype(np.uint64))
+        last = self.rows // self.window_rows
+        for short, size in ((windows == last, self.rows % self.window_rows), (windows < last, self.window_rows)):
+            here = np.flatnonzero(short)
+            if len(here):
+                inside[here] = permuted(inside[here], size=size, keys=keys[here])
+        return windows * self.window_rows + inside
+
+    def _sequence(self, epoch: int) -> _Sequence:
+        return _sequence(self.shard_rows, self.block_shards, int(self._key(epoch)[0]))
+
+    def _key(self, epoch: int) -> Words:
+        return epoch_keys(self.seed, np.array([epoch]), source=self.source)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """The shards of one epoch, one behind the other."""
+
+    shards: Ints
+    """Which shard comes first, second, ..."""
+    ends: Ints
+    """Where each ends, in rows of the sequence."""
+    first_rows: Ints
+    """The row of the source with which each begins."""
+
+    def rows_at(self, places: Ints) -> Ints:
+        slots = np.searchsorted(self.ends, places, side="right")
+        starts = np.where(slots > 0, self.ends[slots - 1], 0)
+        return self.first_rows[slots] + places - starts
+
+    def shards_between(self, first: int, end: int) -> list[int]:
+        slots = np.searchsorted(self.ends, [first, end - 1], side="right")
+        return [int(shard) for shard in self.shards[slots[0] : slots[1] + 1]]
+
+
+# An epoch's sequence is asked for at every batch; of many sources, the epochs that are read now.
+@lru_cache(maxsize=64)
+def _sequence(shard_rows: tuple[int, ...], block_shards: int, key: int) -> _Sequence:
+    blocks = -(-len(shard_rows) // block_shards)
+    keys = np.full(blocks, key, dtype=np.uint64) ^ _BLOCKS
+    order = permuted(np.arange(blocks), size=blocks, keys=mixed(keys))
+    shards = (order[:, None] * block_shards + np.arange(block_shards)).ravel()
+    shards = shards[shards < len(shard_rows)]
+    lengths = np.array(shard_rows, dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    return _Sequence(shards=shards, ends=np.cumsum(lengths[shards]), first_rows=starts[shards])
 
 
 Ranges = Sequence[tuple[int, int]]
@@ -52,21 +171,41 @@ def positions_of(pairs: Ints, quarantined: Ranges) -> Ints:
     return positions
 
 
-def next_position(step: int, *, batch_pairs: int, quarantined: Ranges = ()) -> int:
-    """Where `step` begins to read: the whole state of the data order after so many steps."""
-    return int(positions_of(np.array([step * batch_pairs]), quarantined)[0])
+def position_of(pair: int, quarantined: Ranges = ()) -> int:
+    """The position at which a run reads on that has read so many pairs: the whole state of the data order."""
+    return int(positions_of(np.array([pair]), quarantined)[0])
 
 
-def rank_positions(step: int, *, batch_pairs: int, rank: int, world: int, quarantined: Ranges = ()) -> Ints:
-    """What `rank` of `world` reads in `step`: its contiguous slice of the global batch, (batch_pairs / world,) int64.
+def pairs_before(position: int, quarantined: Ranges = ()) -> int:
+    """How many pairs a run has read that reads on at this position: the inverse of `position_of`.
 
+    Raises ValueError for a position inside a quarantined range.
+    """
+    if inside := [span for span in quarantined if span[0] <= position < span[1]]:
+        raise ValueError(f"position {position} is inside the quarantined range {inside[0]}")
+    return position - sum(end - first for first, end in quarantined if end <= position)
+
+
+def rank_positions(first_pair: int, *, batch_pairs: int, rank: int, world: int, quarantined: Ranges = ()) -> Ints:
+    """What `rank` of `world` reads in the step that begins with the run's pair `first_pair`.
+
+    Its contiguous slice of the global batch, (batch_pairs / world,) int64.
     Raises ValueError where world does not divide batch_pairs.
     """
     if batch_pairs % world:
         raise ValueError(f"batch_pairs={batch_pairs} must be a multiple of the number of ranks, {world}")
     local = batch_pairs // world
-    first = step * batch_pairs + rank * local
+    first = first_pair + rank * local
     return positions_of(np.arange(first, first + local), quarantined)
+
+
+def rows_checksum(positions: Ints, rows: Ints) -> int:
+    """A number of which position read which row, 0 to 2**64 - 1: of parts, the sum modulo 2**64.
+
+    Ranks add up what they have read; whoever works out what they should have read finds the same number.
+    """
+    words = mixed(mixed(positions.astype(np.uint64)) ^ rows.astype(np.uint64))
+    return int(words.sum(dtype=np.uint64))
 
 
 def permuted(index: Ints, *, size: int, keys: Words) -> Ints:

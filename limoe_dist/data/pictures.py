@@ -21,6 +21,10 @@ class Pictures:
     """Why a row is bad, or None; n of them."""
 
 
+MOST_REMEMBERED = 65_536
+"""Bad rows that a reader knows by number; one more, and it forgets them all and meets them anew."""
+
+
 class PictureReader:
     """Decodes rows, and remembers bad ones by their number, so that each fails a batch only once."""
 
@@ -31,6 +35,8 @@ class PictureReader:
 
     def read(self, rows: Sequence[Row], params: AugmentParams) -> Pictures:
         """The pictures of n rows with n parameters, at most the decoder's batch size."""
+        if len(self._bad) > MOST_REMEMBERED:
+            self._bad.clear()
         good = [i for i, row in enumerate(rows) if not self._is_bad(row)]
         size = self.decoder.image.size
         images = None

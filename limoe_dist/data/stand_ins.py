@@ -24,12 +24,15 @@ _NAMED = 5
 class BadRow:
     position: int
     """The position that met the row; in evaluation, the row's number."""
+    row: int
+    """Its number in the ShardSet."""
     key: str
     reason: str
 
 
 @dataclass(frozen=True)
 class Filled:
+    positions: tuple[int, ...]
     rows: tuple[Row, ...]
     """The rows that were used, one a position."""
     images: Tensor
@@ -53,7 +56,7 @@ def fill(
     replaced: dict[int, list[BadRow]] = {i: [] for i in pending}
     while pending:
         for i in pending:
-            replaced[i].append(BadRow(int(positions[i]), rows[i].key, reasons[i] or ""))
+            replaced[i].append(BadRow(int(positions[i]), rows[i].number, rows[i].key, reasons[i] or ""))
             number = next(stand_ins[i], None)
             if number is None:
                 raise UserError(_exhausted(shards, int(numbers[i]), replaced[i]))
@@ -62,7 +65,7 @@ def fill(
         images[torch.as_tensor(pending, device=images.device)] = again.images
         reasons = dict(zip(pending, again.reasons, strict=True))
         pending = [i for i, reason in reasons.items() if reason]
-    return Filled(tuple(rows), images, tuple(bad for i in sorted(replaced) for bad in replaced[i]))
+    return Filled(tuple(positions), tuple(rows), images, tuple(bad for i in sorted(replaced) for bad in replaced[i]))
 
 
 def _exhausted(shards: ShardSet, number: int, met: Sequence[BadRow]) -> str:
@@ -85,10 +88,10 @@ def _remedy(met: Sequence[BadRow], otherwise: str) -> str:
 class BadCount:
     """Bad rows among the rows read so far by one rank."""
 
-    def __init__(self, limit_frac: float, place: str) -> None:
-        """limit_frac: data.max_bad_frac. place: what is read, for the message."""
+    def __init__(self, limit_frac: float, place: str, *, report: str = "") -> None:
+        """limit_frac: data.max_bad_frac. place: what is read, for the message. report: the file that names them all."""
         self.bad = self.seen = 0
-        self._limit_frac, self._place = limit_frac, place
+        self._limit_frac, self._place, self._report = limit_frac, place, report
         self._first: list[BadRow] = []
 
     def add(self, filled: Filled) -> None:
@@ -100,6 +103,7 @@ class BadCount:
             named = "; ".join(f'"{bad.key}": {bad.reason}' for bad in self._first)
             raise UserError(
                 f"{self._place}: {self.bad} of the {self.seen} rows read so far are bad, more than "
-                f"data.max_bad_frac={self._limit_frac:g} (the first: {named}): "
-                f"{_remedy(self._first, 'pack again from whole pictures')}, or raise data.max_bad_frac"
+                f"data.max_bad_frac={self._limit_frac:g} (the first: {named}"
+                + (f"; all of them: {self._report}" if self._report else "")
+                + f"): {_remedy(self._first, 'pack again from whole pictures')}, or raise data.max_bad_frac"
             )

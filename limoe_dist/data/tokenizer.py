@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +14,10 @@ import numpy.typing as npt
 import sentencepiece
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.schema import Run
+from limoe_dist.config.schema import Data, Run
 from limoe_dist.data.manifest import Manifest, sha256_of
 from limoe_dist.data.manifest import Tokenizer as TokenizerEntry
+from limoe_dist.data.places import is_remote, join, local, read_small
 
 PAD_VALUE = 1
 EOS = 1
@@ -76,23 +79,42 @@ class Tokenizer:
         return Tokens(tokens=tokens, valid=valid)
 
 
-def open_tokenizer(run: Run, manifest: Manifest, folder: Path) -> Tokenizer:
+def open_tokenizer(run: Run, manifest: Manifest, folder: Path | str) -> Tokenizer:
     """The run's tokenizer: data.tokenizer, or where that is empty the one that the manifest in `folder` names.
+
+    folder: a path or a URL; from a URL it is copied into data.cache.
 
     Raises UserError as `Tokenizer` does, and where neither names one.
     """
     entry = manifest.tokenizer
     if run.data.tokenizer:
-        path, entry = Path(run.data.tokenizer), None
+        place, entry = run.data.tokenizer, None
     elif entry is not None:
-        path = folder / entry.file
+        place = join(str(folder), entry.file)
     else:
         raise UserError(
             f"data.tokenizer is empty, and the manifest in {folder} names none: "
             "give data.tokenizer, or train one with "
-            f"`limoe prep tokenizer --data {folder / 'manifest.json'} --vocab-size {run.text.vocab_size}`"
+            f"`limoe prep tokenizer --data {join(str(folder), 'manifest.json')} --vocab-size {run.text.vocab_size}`"
         )
+    path = _local_copy(place, run.data) if is_remote(place) else local(place)
     return Tokenizer(path, length=run.text.length, vocab_limit=run.text.vocab_size, entry=entry)
+
+
+def _local_copy(url: str, data: Data) -> Path:
+    """A model from a URL, under the name of its content: what is there already is that content."""
+    from limoe_dist.data.cache import cache_folder
+
+    content = read_small(url, limit=MAX_MODEL_BYTES)
+    path = cache_folder(data) / f"{hashlib.sha256(content).hexdigest()}.model"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"data.cache={path.parent}: the vocabulary cannot be written there: {error.strerror}") from None
+    return path
 
 
 def normalised(text: str) -> str:

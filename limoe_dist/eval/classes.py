@@ -49,7 +49,7 @@ def classes_of_run(run: Run, train: ShardSet, shards: ShardSet) -> list[ClassNam
     concepts = concepts_of(shards)
     if run.eval.classes == "trained":
         concepts += concepts_of(train)
-    return classes_of_concepts(concepts, place=str(shards.path))
+    return classes_of_concepts(concepts, place=shards.path)
 
 
 def read_class_file(path: Path) -> list[ClassNames]:

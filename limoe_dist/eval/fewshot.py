@@ -20,6 +20,7 @@ from torch import Tensor
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
+from limoe_dist.data.mixture import manifest_file
 from limoe_dist.data.philox import uniforms
 from limoe_dist.data.tokenizer import normalised
 from limoe_dist.eval.embed import Progress, picture_features, silent
@@ -132,7 +133,7 @@ def fewshot(
     Only the training pictures that some seed draws are embedded. Raises UserError where both are the same shards,
     fewer than two classes have enough pictures, or no evaluated picture is of one of them.
     """
-    if train_shards.path.resolve() == shards.path.resolve():
+    if manifest_file(train_shards.path) == manifest_file(shards.path):
         raise UserError(
             f"{shards.path}: would be learned from and evaluated on: give other shards with --train or --data",
             told_by=0,

@@ -71,7 +71,7 @@ def pixel_nearest_neighbour(
     A collective over all ranks: each compares its part of the training pictures. Memory is bounded by CHUNK_BYTES.
     classes: None takes the distinct concepts of `shards`. Raises UserError as `zeroshot` does.
     """
-    concepts, place = concepts_of(shards), str(shards.path)
+    concepts, place = concepts_of(shards), shards.path
     if classes is None:
         classes = classes_of_concepts(concepts, place=place)
     class_R = torch.tensor(true_classes(concepts, classes, place=place), device=device)

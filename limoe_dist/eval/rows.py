@@ -38,7 +38,7 @@ def holdings(shards: ShardSet) -> Holdings:
     """Looks at every row's columns; decodes nothing."""
     rows = [shards.row(number) for number in range(len(shards))]
     return Holdings(
-        place=str(shards.path),
+        place=shards.path,
         captions=tuple(row.captions for row in rows),
         pictured=tuple(len(row.image) > 0 for row in rows),
     )

@@ -128,7 +128,7 @@ def zeroshot_of(
     """As `zeroshot`, with the embeddings that other tasks may have asked for already."""
     shards, run, device = embedder.shards, embedder.run, embedder.device
     concepts = concepts_of(shards)
-    place = str(shards.path)
+    place = shards.path
     if classes is None:
         classes = classes_of_concepts(concepts, place=place)
     class_R = torch.tensor(true_classes(concepts, classes, place=place), device=device)

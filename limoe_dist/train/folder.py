@@ -5,6 +5,7 @@ RUN/tokenizer.model       the vocabulary, copied from the training data
 RUN/metrics.jsonl         one line every log.every_steps
 RUN/evaluations.jsonl     one line for each evaluation in training
 RUN/positions.jsonl       which positions of the data order were consumed
+RUN/replaced/             rank-NNNNN.jsonl: bad rows that a rank met, and the rows that stood in for them
 RUN/tensorboard/          the same figures for TensorBoard
 RUN/checkpoints/          step-NNNNNNNN, see limoe_dist/checkpoint/catalog.py
 RUN/ended.json            step and signal of a run that ended by itself, with a checkpoint
@@ -40,6 +41,10 @@ def new_run_problem(out: Path) -> str | None:
     if out.exists() and (not out.is_dir() or any(not _of_a_start(path.name) for path in out.iterdir())):
         return f"{out} exists and is not empty: choose another --out"
     return None
+
+
+def replaced_file(out: Path, rank: int) -> Path:
+    return out / "replaced" / f"rank-{rank:05d}.jsonl"
 
 
 def _of_a_start(name: str) -> bool:

@@ -41,15 +41,15 @@ def open_inputs(run: Run, mesh: Mesh, device: torch.device) -> Inputs:
 
 
 def _open(run: Run, mesh: Mesh) -> Inputs:
-    train = ShardSet(*(entry.path for entry in entries_of(run.data)))
+    train = ShardSet(*(entry.path for entry in entries_of(run.data)), data=run.data)
     manifests = [part.manifest for part in train.parts]
     check_pairs(run.data, manifests)
-    validation = ShardSet(run.data.validation) if run.data.validation else None
+    validation = ShardSet(run.data.validation, data=run.data) if run.data.validation else None
     for shards in (train, validation):
         if shards is not None:
-            for part in shards.parts:
+            for part in shards.parts if run.data.check == "start" else ():
                 verify_shards(part.manifest, part.folder, rank=mesh.rank, world=mesh.world.size)
-            shards.open_all()
+            shards.open_all(rank=mesh.rank, world=mesh.world.size)
     named = manifest_file(with_home(run.data).manifest)
     home = next(part for part in train.parts if manifest_file(part.path) == named)
     tokenizer = open_tokenizer(run, home.manifest, home.folder)

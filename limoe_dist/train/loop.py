@@ -19,7 +19,7 @@ from limoe_dist.parallel.collectives import all_or_none, vote
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train.display import Display, say_anywhere
 from limoe_dist.train.evaluation import evaluate
-from limoe_dist.train.folder import begin, new_run_problem, note_end
+from limoe_dist.train.folder import begin, new_run_problem, note_end, replaced_file
 from limoe_dist.train.inputs import open_inputs
 from limoe_dist.train.metrics import Log, Window
 from limoe_dist.train.preemption import StopFlag
@@ -60,10 +60,12 @@ def train(
                 claim = begin(out, run, inputs.tokenizer.path)
                 restart.check_nothing_new()
             log = Log(out, run, first_step=first_step, writes=mesh.rank == 0)
+            if (missed := restart.missed(log.newest_positions())) is not None:
+                log.positions(missed)
         display = Display(steps=run.train.steps, first_step=first_step, shows=mesh.rank == 0)
         if resume:
             display.say(f"going on from step {first_step}" if first_step else "no checkpoint yet: beginning at step 0")
-        for line in inputs.told:
+        for line in (*inputs.told, *filter(None, [restart.batch_note()])):
             display.say(line)
         if taken is not None:
             display.say(taken.text(inputs.tokenizer_hash))
@@ -92,6 +94,7 @@ def train(
                 result = training_step(model, engine, examples, step=batch.step, run=run, mesh=mesh)
                 _check_finite(result, batch.step, out)
                 window.add(result)
+                restart.count_rows(batch.checksum)
                 step = batch.step + 1
                 display.step(step)
                 for bad in batch.replaced:
@@ -143,8 +146,10 @@ def _batches(run: Run, restart: Restart, *, first_step: int, end: int) -> Iterat
         rank=mesh.rank,
         world=mesh.world.size,
         first_step=first_step,
+        first_pair=restart.first_pair,
         device=device,
         quarantined=restart.quarantined,
+        replaced=replaced_file(restart.out, mesh.rank),
     ) as loader:
         while True:
             with all_or_none(mesh.world, device):

@@ -173,6 +173,12 @@ class Log:
         """Which positions of the data order some steps read; see Restart.consumed."""
         self._line("positions.jsonl", consumed)
 
+    def newest_positions(self) -> dict[str, Any] | None:
+        """The last line of positions.jsonl; None where there is none, and on ranks that do not write."""
+        path = self.out / "positions.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if self.writes and path.exists() else []
+        return json.loads(lines[-1]) if lines else None  # type: ignore[no-any-return]
+
     def _line(self, name: str, content: dict[str, Any]) -> None:
         if not self.writes:
             return

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from limoe_dist.checkpoint import catalog
@@ -17,9 +18,9 @@ from limoe_dist.checkpoint.state import Layout, State, versions
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import changed_settings, decisive, fingerprint
 from limoe_dist.config.schema import Run
-from limoe_dist.data.order import Ranges, next_position
+from limoe_dist.data.order import Ranges, pairs_before, position_of
 from limoe_dist.optim.engine import Engine
-from limoe_dist.parallel.collectives import all_or_none, raise_together, vote
+from limoe_dist.parallel.collectives import all_or_none, raise_together, sum_over, vote
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train.folder import Claim
 from limoe_dist.train.inputs import Inputs
@@ -34,9 +35,16 @@ class Restart:
         self.mesh, self.device = mesh, device
         self.quarantined: Ranges = ()
         """Positions of the data order that this run jumps over."""
+        self.first_step, self.first_pair = 0, 0
+        """Where this start goes on: so many steps were done, and so many pairs read, perhaps in other batches."""
+        self._batch_before: int | None = None
         self._seen: list[Path] = []
         self._passed: list[Path] = []
         self._saved_at = time.monotonic()
+        self._read = 0
+        """Checksum of the rows that this rank has read since the last save."""
+        self._saved_position = self._told = 0
+        """The position of the checkpoint that was read, and where the last line about positions ended."""
 
     def restore(self) -> int:
         """Fills weights and optimizer from the newest whole checkpoint; returns the number of steps that are done.
@@ -61,6 +69,10 @@ class Restart:
         self.engine.adopt(shards)
         self.engine.steps = reader.state.step
         self.quarantined = reader.state.quarantined
+        self.first_step = reader.state.step
+        self._batch_before = reader.state.settings.get("train.batch_pairs")
+        self.first_pair = pairs_before(reader.state.position, self.quarantined)
+        self._saved_position = self._told = reader.state.position
         self._passed = [*cut, *(path for path in there if catalog.step_of(path) > reader.state.step)]
         return reader.state.step
 
@@ -76,6 +88,16 @@ class Restart:
         taken = take_weights(source, weights, self.mesh, self.device)
         self.engine.adopt(shards)
         return taken
+
+    def batch_note(self) -> str:
+        """What to tell where the run goes on with another batch; empty where it does not."""
+        before, now = self._batch_before, self.run.train.batch_pairs
+        if before in (None, now):
+            return ""
+        return (
+            f"train.batch_pairs={now}, where the checkpoint has {before}: the data goes on at its pair "
+            f"{self.first_pair:,}; steps, and the learning rate by steps, count on as they are"
+        )
 
     def check_nothing_new(self) -> None:
         """Raises UserError where another process saved between `restore` and our claim: its steps would be lost."""
@@ -117,7 +139,7 @@ class Restart:
         parallel, optim = self.run.parallel, self.run.optim
         state = State(
             step=step,
-            position=self._position(step, self.quarantined),
+            position=self._position(step),
             quarantined=tuple(self.quarantined),
             settings=decisive(self.run),
             fingerprint=fingerprint(self.run),
@@ -140,16 +162,40 @@ class Restart:
                 told_by=self.saver.failed_by,
             )
 
+    def count_rows(self, checksum: int) -> None:
+        """Adds what a step of this rank has read; see `Batch.checksum`."""
+        self._read += checksum
+
     def consumed(self, from_step: int, step: int) -> dict[str, Any]:
-        """Steps from_step + 1 to `step` read the positions `first` to `end` - 1, but for those `quarantined`."""
-        first, end = (self._position(each, self.quarantined) for each in (from_step, step))
+        """Steps from_step + 1 to `step` read the positions `first` to `end` - 1, but for those `quarantined`.
+
+        `rows` is the checksum of the rows that all ranks used there. A collective.
+        """
+        # int64 is what all back ends add, and as 2**64 it wraps around.
+        read = torch.tensor(np.uint64(self._read % 2**64).astype(np.int64), device=self.device)
+        rows, self._read = int(sum_over(read, self.mesh.world).item()) % 2**64, 0
+        return self._line(from_step, step, self._position(step)) | {"rows": f"{rows:016x}"}
+
+    def missed(self, newest: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The line of steps that were saved by a run that was killed before it wrote their line; None where none is.
+
+        newest: the last line that was written. What the checkpoint says was read has no checksum of its rows.
+        """
+        from_step, self._told = (newest["step"], newest["end"]) if newest else (0, 0)
+        if from_step >= self.first_step:
+            return None
+        return self._line(from_step, self.first_step, self._saved_position)
+
+    def _line(self, from_step: int, step: int, end: int) -> dict[str, Any]:
+        first, self._told = self._told, end
         line: dict[str, Any] = {"step": step, "from_step": from_step, "first": first, "end": end}
         inside = [span for span in self.quarantined if first <= span[0] < end]
         return line | ({"quarantined": inside} if inside else {})
 
-    def _position(self, step: int, quarantined: Ranges) -> int:
-        """The position at which a step begins to read."""
-        return next_position(step, batch_pairs=self.run.train.batch_pairs, quarantined=quarantined)
+    def _position(self, step: int) -> int:
+        """The position at which a step of this start begins to read."""
+        pairs = self.first_pair + (step - self.first_step) * self.run.train.batch_pairs
+        return position_of(pairs, self.quarantined)
 
     def _differences(self, reader: Reader) -> list[str]:
         state, checkpoint = reader.state, reader.checkpoint
@@ -164,9 +210,10 @@ class Restart:
                     f"{checkpoint} was made with other {name} (sha256 {before[:12]}... there, {now[:12]}... now): "
                     "a resumed run keeps what decides its results"
                 )
-        expected = self._position(state.step, state.quarantined)
-        if state.position != expected:
-            problems.append(f"{checkpoint}: position {state.position} is not that of step {state.step}, {expected}")
+        try:
+            pairs_before(state.position, state.quarantined)
+        except ValueError as error:
+            problems.append(f"{checkpoint}: {error}, and no run reads on there: the file was changed")
         return problems
 
 

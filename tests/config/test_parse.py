@@ -107,10 +107,12 @@ def test_an_atomic_write_replaces_the_file_and_leaves_no_other(tmp_path):
         {"data.manifest": "moved/manifest.json"},
         {"data.validation": "moved/manifest.json"},
         {"data.tokenizer": "moved/tokenizer.model"},
+        {"data.cache_gb": 7.0},
+        {"train.batch_pairs": 256},
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_resumed_run_may_change_paths_layout_logging_and_saving(change):
+def test_a_resumed_run_may_change_paths_layout_batch_logging_and_saving(change):
     run = preset("tiny")
     assert changed(run, change) != run
     assert changed_settings(decisive(run), changed(run, change), Path("run.json")) == []
@@ -121,7 +123,8 @@ def test_a_resumed_run_may_change_paths_layout_logging_and_saving(change):
     [
         {"optim.lr": 1e-4},
         {"train.seed": 1},
-        {"train.batch_pairs": 256},
+        {"data.window_rows": 1000},
+        {"data.block_shards": 2},
         {"moe.blocks": (1,)},
         {"moe.group_pairs": 16},
         {"image.flip": 0.5},

@@ -303,13 +303,20 @@ def test_a_resumed_run_names_the_numbers_of_ranks_that_can_share_its_batch():
     (problem,) = refused.value.problems
     assert problem == (
         "5 ranks cannot share train.batch_pairs=384 evenly in groups of moe.group_pairs=32, and a resumed run keeps "
-        "its batch: use 1, 2, 3, 4, 6 or 12 ranks"
+        "its batch where no other is given: use 1, 2, 3, 4, 6 or 12 ranks"
     )
     for ranks in (1, 2, 3, 4, 6, 12):
         check(run, world=ranks, resumed=True)
     # With tp=2 those that tp does not divide would be refused too.
     with pytest.raises(ConfigError, match="use 2, 4, 6 or 12 ranks"):
         check(changed(run, {"parallel.tp": 2}), world=8, resumed=True)
+
+
+def test_microbatches_of_a_larger_batch_hold_what_a_rank_held_before():
+    run = changed(preset("tiny"), {"train.batch_pairs": 768})
+    # 96 pairs of 384 on each of 4 ranks; now 192 of 768, 96 at once. 8 ranks have 96 again.
+    assert fit_microbatches(run, before=4, now=4, batch_before=384).train.microbatch_pairs == 96
+    assert fit_microbatches(run, before=4, now=8, batch_before=384) == run
 
 
 @pytest.mark.parametrize(
@@ -327,6 +334,7 @@ def test_a_resumed_run_names_the_numbers_of_ranks_that_can_share_its_batch():
 def test_microbatches_are_fitted_to_another_number_of_ranks(asked, before, now, fitted):
     run = changed(preset("tiny"), {"train.batch_pairs": 384, "train.microbatch_pairs": asked})
     again = fit_microbatches(run, before=before, now=now)
+    assert fit_microbatches(run, before=before, now=now, batch_before=384) == again
     assert again.train.microbatch_pairs == fitted
     if now != 5:
         check(again, world=now, resumed=True)

@@ -135,14 +135,14 @@ def test_two_manifests_are_one_set_with_the_rows_of_the_second_behind_the_first(
     both, second = ShardSet(*paths), ShardSet(paths[1])
     assert len(both) == 17
     assert [(part.path, part.first_row, part.folder) for part in both.parts] == [
-        (paths[0], 0, tmp_path / "a"),
-        (paths[1], 10, tmp_path / "b"),
+        (str(paths[0]), 0, str(tmp_path / "a")),
+        (str(paths[1]), 10, str(tmp_path / "b")),
     ]
     both.open_all()
     row, same = both.row(12), second.row(2)
     assert (row.number, row.key, row.index_in_shard, row.shard) == (12, same.key, same.index_in_shard, 2)
     assert (row.image == same.image).all()
-    assert both.file_of(row) == tmp_path / "b" / "shard-00000.arrow"
+    assert both.file_of(row) == str(tmp_path / "b" / "shard-00000.arrow")
     # A stand-in comes from the same shard, and so from the same source.
     assert list(both.next_in_shard(15, 3)) == [16, 10, 11]
     with pytest.raises(IndexError):
@@ -152,3 +152,25 @@ def test_two_manifests_are_one_set_with_the_rows_of_the_second_behind_the_first(
 def test_a_row_may_lack_its_picture(tmp_path: Path) -> None:
     row = ShardSet(write_shards(tmp_path, rows=3, shards=1, pictures={1: b""})).row(1)
     assert (row.image.shape, row.image.dtype) == ((0,), np.uint8)
+
+
+def mappings(folder: Path) -> int:
+    """How many files of the folder this process has mapped."""
+    return sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_no_more_shards_stay_mapped_than_are_asked_for(tmp_path: Path) -> None:
+    shards = ShardSet(write_shards(tmp_path, rows=40, shards=10))
+    shards.most_open = 3
+    rows = []
+    for number in [*range(40), 0, 39]:
+        rows.append(shards.row(number))
+        del rows[:-1]
+        # The row that was handed out keeps its own shard mapped, no other.
+        assert mappings(tmp_path) <= 4
+    assert rows[0].key == "row-39"
+    shards.close()
+    # What was handed out can still be read.
+    assert (rows[0].image == ShardSet(tmp_path).row(39).image).all()
+    rows.clear()
+    assert mappings(tmp_path) == 0

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,13 +39,15 @@ def tokenizer_of(run: Run, shards: ShardSet) -> Tokenizer:
     return open_tokenizer(run, shards.manifest, shards.folder)
 
 
-def a_loader(run: Run, path: Path, *, rank: int = 0, world: int = 1, first_step: int = 0) -> Loader:
+def a_loader(run: Run, path: Path, *, rank: int = 0, world: int = 1, first_step: int = 0, **more: Any) -> Loader:
+    """more: first_pair, replaced."""
     shards = ShardSet(path)
-    return Loader(run, shards, tokenizer_of(run, shards), rank=rank, world=world, first_step=first_step, device=CPU)
+    tokenizer = tokenizer_of(run, shards)
+    return Loader(run, shards, tokenizer, rank=rank, world=world, first_step=first_step, device=CPU, **more)
 
 
-def batches(run: Run, path: Path, *, rank: int = 0, world: int = 1, first_step: int = 0) -> list[Batch]:
-    with a_loader(run, path, rank=rank, world=world, first_step=first_step) as loader:
+def batches(run: Run, path: Path, *, rank: int = 0, world: int = 1, first_step: int = 0, **more: Any) -> list[Batch]:
+    with a_loader(run, path, rank=rank, world=world, first_step=first_step, **more) as loader:
         return list(loader)
 
 
@@ -112,6 +116,18 @@ def test_a_run_that_resumes_reads_what_it_would_have_read(clean: Path) -> None:
         assert torch.equal(a.tokens, b.tokens)
 
 
+def test_a_run_that_resumes_with_another_batch_reads_on_where_it_was(clean: Path) -> None:
+    # 2 steps of 12 pairs, then steps of 8 from pair 24 on.
+    whole = batches(a_run(batch_pairs=48, steps=1), clean)[0]
+    resumed = batches(a_run(batch_pairs=8, steps=5), clean, first_step=2, first_pair=24)
+    assert [(batch.step, batch.first_position) for batch in resumed] == [(2, 24), (3, 32), (4, 40)]
+    assert torch.equal(torch.cat([batch.images for batch in resumed]), whole.images[24:])
+    assert torch.equal(torch.cat([batch.tokens for batch in resumed]), whole.tokens[24:])
+    # Checksums of parts add up to that of the whole.
+    first = batches(a_run(batch_pairs=24, steps=1), clean)[0]
+    assert sum(batch.checksum for batch in [first, *resumed]) % 2**64 == whole.checksum
+
+
 def test_a_batch_holds_the_rows_and_captions_of_its_positions(clean: Path) -> None:
     run, shards = a_run(), ShardSet(clean)
     batch = batches(run, clean, rank=1, world=2)[1]
@@ -151,6 +167,21 @@ def test_a_bad_row_is_replaced_by_the_next_counted_and_named(clean: Path, tmp_pa
     assert reasons["row-4"] == "cannot be decoded (damaged pixels)"
     assert (first.bad, first.seen) == (5, 45)
     assert (second.bad, second.seen) == (10, 90)
+
+
+def test_replaced_rows_are_written_down_with_their_stand_ins(tmp_path: Path) -> None:
+    bad = {4: damaged(4), 10: b"", 11: truncated(11, format="JPEG")}
+    path, file = with_bad(tmp_path, bad, shards=2), tmp_path / "replaced" / "rank-00000.jsonl"
+    batches(a_run(batch_pairs=40, steps=1), path, replaced=file)
+    order = row_at(np.arange(40), rows=40, seed=5)[1].tolist()
+    lines = {line["row"]: line for line in map(json.loads, file.read_text().splitlines())}
+    assert {row: (line["stand_in"], line["bad_stand_ins"]) for row, line in lines.items()} == {
+        4: (5, []),
+        10: (12, [11]),
+        11: (12, []),
+    }
+    assert all(order[line["position"]] == row and line["key"] == f"row-{row}" for row, line in lines.items())
+    assert lines[10]["reason"] == "no picture"
 
 
 def test_good_pictures_beside_a_bad_one_are_as_they_would_be(clean: Path, tmp_path: Path) -> None:
@@ -208,6 +239,10 @@ def test_too_many_bad_rows_stop_the_run_and_name_the_first(tmp_path: Path) -> No
         UserError, match=r"16 of the 80 rows read so far are bad, more than data\.max_bad_frac=0\.19"
     ) as e:
         batches(a_run(batch_pairs=64, steps=1, max_bad_frac=0.19), path)
+    report = tmp_path / "rank-00000.jsonl"
+    with pytest.raises(UserError, match=rf"all of them: {report}"):
+        batches(a_run(batch_pairs=64, steps=1, max_bad_frac=0.19), path, replaced=report)
+    assert len(report.read_text().splitlines()) == 16
     assert str(e.value).count("no picture") == 5
 
 

@@ -24,7 +24,7 @@ from limoe_dist.data.mixture import (
     files_of,
     with_home,
 )
-from limoe_dist.data.order import rank_positions, row_at
+from limoe_dist.data.order import SourceOrder, pairs_before, position_of, rank_positions, row_at
 
 some_weights = st.lists(st.integers(1, 40), min_size=1, max_size=7)
 
@@ -38,8 +38,12 @@ def weights_of(*entries: str) -> list[int]:
 
 
 def sources(weights: list[int], positions: range) -> list[int]:
-    found = Mixture(weights).at(np.array(positions), rows=[10] * len(weights), seed=0).sources
+    found = Mixture(weights).samples(np.array(positions))[0]
     return [int(source) for source in found]
+
+
+def orders(rows: list[int], *, seed: int) -> list[SourceOrder]:
+    return [SourceOrder((count,), seed=seed, source=source) for source, count in enumerate(rows)]
 
 
 def a_manifest(rows: int, **counts: int) -> Manifest:
@@ -47,8 +51,9 @@ def a_manifest(rows: int, **counts: int) -> Manifest:
 
 
 def test_three_of_four_are_of_the_first_source() -> None:
-    # Deadlines of the first: 2, 3, 4; of the second: 4. At the tie the earlier source goes first.
-    assert sources([3, 1], range(8)) == [0, 0, 0, 1, 0, 0, 0, 1]
+    # a = 1/2: the first source's samples may come from 2/3, 2, 10/3 positions on, the second's from 2; its deadline is
+    # 2, and of the first 2/3, 2, 10/3. At the tie of position 2 the earlier source goes first.
+    assert sources([3, 1], range(8)) == [0, 0, 1, 0, 0, 0, 1, 0]
 
 
 @settings(max_examples=80, deadline=None)
@@ -58,8 +63,11 @@ def test_every_prefix_is_within_one_sample_of_the_share(weights: list[int]) -> N
     counts = np.zeros(len(weights), dtype=np.int64)
     for n, source in enumerate(sources(weights, range(2 * period)), start=1):
         counts[source] += 1
-        # |count - n * w / W| < 1, in whole numbers; so where n * w / W is whole the count is exactly that.
-        assert (np.abs(counts * period - n * np.array(weights)) < period).all()
+        # |count - n * w / W| <= 1 - 1 / (2k - 2) < 1, in whole numbers; so where n * w / W is whole, it is the count.
+        worst = max(2 * len(weights) - 2, 1)
+        assert (
+            np.abs(counts * period - n * np.array(weights)) * worst <= period * (worst - 1 if worst > 1 else 0)
+        ).all()
     assert counts.tolist() == [2 * weight for weight in weights]
 
 
@@ -91,8 +99,8 @@ def test_the_count_of_each_source_is_a_closed_form(weights: list[int], end: int)
 
 def test_positions_far_out_are_as_easy_as_the_first() -> None:
     mixture, far = Mixture([3, 1]), 4 * 10**15
-    assert mixture.counts(far + 3) == [3 * 10**15 + 3, 10**15]
-    drawn = mixture.at(np.array([far, far + 3]), rows=[7, 5], seed=0)
+    assert mixture.counts(far + 3) == [3 * 10**15 + 2, 10**15 + 1]
+    drawn = mixture.at(np.array([far, far + 2]), orders([7, 5], seed=0))
     # The samples before: 3e15 = 7 * 428571428571428 + 4 of the first, 1e15 = 5 * 2e14 of the second.
     assert (drawn.sources.tolist(), drawn.epochs.tolist()) == ([0, 1], [428_571_428_571_428, 200_000_000_000_000])
 
@@ -104,7 +112,7 @@ def test_each_source_reads_each_of_its_rows_once_in_each_of_its_epochs(
 ) -> None:
     rows = data.draw(st.lists(st.integers(1, 30), min_size=len(weights), max_size=len(weights)))
     end = sum(weights) * 40
-    drawn = Mixture(weights).at(np.arange(end), rows=rows, seed=seed)
+    drawn = Mixture(weights).at(np.arange(end), orders(rows, seed=seed))
     for source, count in enumerate(rows):
         here = drawn.sources == source
         # In the order of the positions, epoch by epoch.
@@ -113,29 +121,71 @@ def test_each_source_reads_each_of_its_rows_once_in_each_of_its_epochs(
             assert sorted(drawn.rows[here & (drawn.epochs == epoch)].tolist()) == list(range(count))
 
 
-@settings(max_examples=30, deadline=None)
-@given(weights=some_weights, split=st.sampled_from([(1, 24), (2, 12), (4, 48), (8, 8), (3, 6)]))
-def test_batch_and_ranks_change_nothing(weights: list[int], split: tuple[int, int]) -> None:
-    world, batch_pairs = split
-    mixture, rows = Mixture(weights), [11 + source for source in range(len(weights))]
-    whole = mixture.at(np.arange(48), rows=rows, seed=4)
-    parts = [
-        mixture.at(rank_positions(step, batch_pairs=batch_pairs, rank=rank, world=world), rows=rows, seed=4)
-        for step in range(48 // batch_pairs)
-        for rank in range(world)
-    ]
-    assert np.concatenate([part.sources for part in parts]).tolist() == whole.sources.tolist()
-    assert np.concatenate([part.rows for part in parts]).tolist() == whole.rows.tolist()
+some_starts = st.lists(
+    st.tuples(st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=12
+)
+"""Of each start of a run: ranks, pairs of a rank in a step, steps until it is stopped."""
+some_jumps = st.lists(st.integers(0, 600), max_size=6, unique=True).map(
+    lambda ends: [(first, end) for first, end in zip(sorted(ends)[::2], sorted(ends)[1::2], strict=False)]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(weights=some_weights, starts=some_starts, jumps=some_jumps, window=st.integers(0, 40), data=st.data())
+def test_stopped_anywhere_and_resumed_by_any_number_of_ranks_with_any_batch_each_sample_comes_once(
+    weights: list[int],
+    starts: list[tuple[int, int, int]],
+    jumps: list[tuple[int, int]],
+    window: int,
+    data: st.DataObject,
+) -> None:
+    some_rows = st.lists(
+        st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=len(weights), max_size=len(weights)
+    )
+    shards = data.draw(some_rows)
+    mixture = Mixture(weights)
+    each = [SourceOrder(tuple(n), seed=4, source=i, window_rows=window) for i, n in enumerate(shards)]
+    position, read = position_of(0, jumps), []
+    for world, local, steps in starts:
+        # All that a start knows of those before it is the position and the ranges that are jumped over.
+        first_pair = pairs_before(position, jumps)
+        for step in range(steps):
+            pair = first_pair + step * world * local
+            read += [
+                place
+                for rank in range(world)
+                for place in rank_positions(
+                    pair, batch_pairs=world * local, rank=rank, world=world, quarantined=jumps
+                ).tolist()
+            ]
+        position = position_of(first_pair + steps * world * local, jumps)
+    # Every position once, in order, but for those that are jumped over: they read nothing.
+    jumped = {place for first, end in jumps for place in range(first, end)}
+    assert read == [place for place in range(read[-1] + 1) if place not in jumped]
+
+    drawn = mixture.at(np.array(read), each)
+    skipped = mixture.at(np.array(sorted(place for place in jumped if place <= read[-1]), dtype=np.int64), each)
+    counts = mixture.counts(read[-1] + 1)
+    for source, order in enumerate(each):
+        here, there = drawn.sources == source, skipped.sources == source
+        assert here.sum() + there.sum() == counts[source]
+        assert abs(counts[source] * sum(weights) - (read[-1] + 1) * weights[source]) < sum(weights)
+        for epoch in range(-(-counts[source] // order.rows)):
+            rows = [
+                *drawn.rows[here & (drawn.epochs == epoch)].tolist(),
+                *skipped.rows[there & (skipped.epochs == epoch)].tolist(),
+            ]
+            assert len(rows) == len({*rows}) == min(order.rows, counts[source] - epoch * order.rows)
 
 
 def test_a_mixture_of_one_is_the_order_without_a_mixture() -> None:
-    drawn = Mixture([1]).at(np.arange(90), rows=[40], seed=5)
+    drawn = Mixture([1]).at(np.arange(90), orders([40], seed=5))
     epochs, rows = row_at(np.arange(90), rows=40, seed=5)
     assert (drawn.rows.tolist(), drawn.epochs.tolist()) == (rows.tolist(), epochs.tolist())
 
 
 def test_two_copies_of_a_source_are_read_in_different_orders() -> None:
-    drawn = Mixture([1, 1]).at(np.arange(1000), rows=[500, 500], seed=5)
+    drawn = Mixture([1, 1]).at(np.arange(1000), orders([500, 500], seed=5))
     first, second = (drawn.rows[drawn.sources == source] for source in (0, 1))
     # Unrelated permutations of 500 agree in 1 place on average; 8 or more has a chance of 1e-5.
     assert (first == second).sum() < 8
@@ -143,10 +193,10 @@ def test_two_copies_of_a_source_are_read_in_different_orders() -> None:
 
 def test_the_order_of_a_mixture_is_the_same_for_ever() -> None:
     # A resumed run reads on in this order: these values may never change.
-    drawn = Mixture([5, 2, 1]).at(np.array([0, 1, 2, 3, 4, 5, 6, 7, 1_000_000]), rows=[1000, 100, 10], seed=7)
-    assert drawn.sources.tolist() == [0, 0, 1, 0, 0, 1, 0, 2, 0]
-    assert sources([7, 5, 3], range(15)) == [0, 1, 0, 2, 1, 0, 0, 1, 2, 0, 1, 0, 0, 1, 2]
-    assert drawn.rows.tolist() == [136, 742, 57, 588, 628, 32, 64, 3, 310]
+    drawn = Mixture([5, 2, 1]).at(np.array([0, 1, 2, 3, 4, 5, 6, 7, 1_000_000]), orders([1000, 100, 10], seed=7))
+    assert drawn.sources.tolist() == [0, 0, 1, 0, 2, 0, 1, 0, 0]
+    assert sources([7, 5, 3], range(15)) == [0, 1, 0, 2, 1, 0, 0, 1, 2, 0, 1, 0, 2, 1, 0]
+    assert drawn.rows.tolist() == [136, 742, 57, 588, 3, 628, 32, 64, 310]
 
 
 @pytest.mark.parametrize("weights", [[], [0, 1], [1, -1], [MAX_PERIOD, 1]])

@@ -165,9 +165,16 @@ def test_a_run_goes_on_on_other_ranks_and_its_weights_begin_another(tmp_path: Pa
     assert (
         "ranks: 2, where the checkpoint was saved by 1: 8 pairs of the same batch on each, all at once" in more.stdout
     )
-    fewer = limoe("train", "--resume", str(out), "--parallel.ep", "1", "--stop-after", "6")
+    fewer = limoe("train", "--resume", str(out), "--parallel.ep", "1", "--train.batch-pairs", "24", "--stop-after", "6")
     assert fewer.returncode == 0, fewer.stderr
-    assert "16 pairs of the same batch on each, 8 at once (train.microbatch_pairs=8)" in fewer.stdout
+    assert "24 pairs of a batch of 24 on each, 8 at once (train.microbatch_pairs=8)" in fewer.stdout
+    assert "train.batch_pairs=24, where the checkpoint has 16: the data goes on at its pair 64" in fewer.stdout
+    # 1 rank, 2 ranks, and 1 again with another batch: 112 positions, each row of an epoch once.
+    result = tmp_path / "audit.json"
+    assert limoe("prep", "audit", str(out), "--json", str(result)).returncode == 0
+    found = json.loads(result.read_text())
+    assert (found["position"], found["faults"], found["unchecked"]) == (112, [], 0)
+    assert [epoch["once"] for epoch in found["epochs"]] == [64, 48]
 
     begun = limoe("train", "tiny", *words, "--out", str(other), "--init-from", str(out), "--image.size", "32",
                   "--stop-after", "1")  # fmt: skip

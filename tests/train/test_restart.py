@@ -14,6 +14,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
+from data_prep.audit import audit
 from limoe_dist.checkpoint import disk
 from limoe_dist.checkpoint.catalog import checkpoints, latest_checkpoint
 from limoe_dist.checkpoint.manifest import File, encode, read_manifest
@@ -217,13 +218,29 @@ def test_quarantined_positions_stay_out_of_a_run_that_goes_on(tmp_path: Path, da
     edit(folder, quarantined=[[20, 30]])
     train(run, out, mesh=Mesh.single(), device=CPU, resume=True, stop_after=3)
     # Step 2 reads 16 to 19 and 30 to 41, step 3 the next 16.
-    assert lines(out, "positions.jsonl")[1:] == [
+    ledger = lines(out, "positions.jsonl")[1:]
+    assert [{name: value for name, value in line.items() if name != "rows"} for line in ledger] == [
         {"step": 2, "from_step": 1, "first": 16, "end": 42, "quarantined": [[20, 30]]},
         {"step": 3, "from_step": 2, "first": 42, "end": 58},
     ]
+    found = audit(out)
+    assert (found.faults, found.checked) == ([], 3)
+    assert found.notes == ["positions 20 to 29 were jumped over (quarantined after a rollback), in steps 2 to 2"]
     state = read_state(latest_checkpoint(out))
     assert (state.position, state.quarantined) == (58, ((20, 30),))
     assert losses(out)[1][1] != pytest.approx(undisturbed_second_loss(run, tmp_path), abs=1e-3)
+
+
+def test_a_line_that_a_kill_left_unwritten_is_made_up_for(tmp_path: Path, data: Path) -> None:
+    run, out = run_on(data), tmp_path / "run"
+    alone(run, out)
+    (out / "positions.jsonl").unlink()
+    train(run, out, mesh=Mesh.single(), device=CPU, resume=True, stop_after=2)
+    first, second = lines(out, "positions.jsonl")
+    assert first == {"step": 1, "from_step": 0, "first": 0, "end": 16}
+    assert (second["first"], second["end"]) == (16, 32)
+    found = audit(out)
+    assert (found.faults, found.checked, found.unchecked) == ([], 1, 1)
 
 
 def edit(checkpoint: Path, **changes: object) -> None:
