@@ -14,8 +14,14 @@ from limoe_dist.config.errors import UserError, nearest
 
 COMMANDS = {
     "fetch-demo": "fetch open emoji art (and photographs) with captions",
-    "pack": "pack folders of pictures and captions into Arrow shards",
-    "tokenizer": "train a SentencePiece vocabulary from the shards' captions",
+    "download": "fetch the pictures of a list of addresses into tars, with a ledger",
+    "retry-failed": "ask again for rows of a download that failed",
+    "dedup": "find pictures that are there twice or in an evaluation set, as a list for pack",
+    "pack": "pack pictures and captions, from folders, tars, parquet or stores, into Arrow shards",
+    "tokenizer": "train a SentencePiece vocabulary from captions, or take an existing one",
+    "verify": "check shards against their manifest: checksums, rows, keys, pictures",
+    "stats": "show what shards hold: a table, JSON, and one page with plots and pictures",
+    "audit": "prove which rows a run has read: each once in an epoch, or why not",
 }
 
 

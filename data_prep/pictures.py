@@ -1,33 +1,54 @@
-"""One picture, from bytes that nobody vouches for to bytes that every decoder reads the same way.
+"""One picture, from bytes that nobody vouches for to pixels, or to bytes that every decoder reads the same way.
 
-Kept as it is: an 8-bit RGB or grey JPEG or PNG without alpha, rotation or animation. Anything else that Pillow decodes
-(alpha, palette, CMYK, 16 bit, EXIF rotation; WebP, GIF, BMP, TIFF) becomes an 8-bit RGB PNG: turned upright, the first
-frame, alpha laid on white. DALI would drop alpha, misread CMYK and not turn.
+Kept as it is: an 8-bit RGB or grey JPEG or PNG without alpha, rotation or animation; only what follows its end marker
+(an archive, a second picture) is cut off. All else that is decoded becomes 8-bit RGB by these rules:
+
+- alpha, a transparent colour, grey with alpha: laid on white            - palette: its colours
+- EXIF orientation 2 to 8: turned upright; EXIF that cannot be read: as stored, and written anew without it
+- 16 bits a sample: scaled to 8, rounded down                            - 1 bit: black and white
+- CMYK and YCCK: taken as inverted, as Adobe writes them, with its marker or without; no profile, the plain formula
+- colour profiles (ICC) and gamma: ignored, and dropped where a picture is written anew
+- animated GIF, WebP and PNG, TIFF of many pages, MPO: the first frame; for a PNG its default image
+- progressive JPEG: kept; arithmetic-coded JPEG: written anew, since many decoders lack it
+
+Refused: what is damaged in a way that its decoder can tell (cut off anywhere, wrong checksums, a warning of libjpeg),
+what is larger than the caps, by its header; lossless, hierarchical and 12-bit JPEG, and JPEG of unusual subsampling
+(other than 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1, 4:4:1); samples of 32 bits; JPEG in TIFF, whose damage goes unreported;
+other formats. A file is what its first bytes say: its name does not count.
+DALI would drop alpha, misread CMYK and not turn.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageFile, ImageOps
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
 
-# A named list: Pillow's other formats include some that start programs.
+from data_prep.decoding import (
+    FORMATS,
+    TURNS,
+    Caps,
+    Opened,
+    decoded,
+    decoding,
+    is_plain,
+    jpeg_pixels,
+    limit_pillow,
+    open_picture,
+    orientation,
+    turned,
+    upright_size,
+)
+
+__all__ = ["FORMATS", "Caps", "Picture", "check_picture", "limit_pillow", "read_picture", "rgb_pixels"]
+
 LARGEST_KEPT_BYTES = 64 << 20
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-EXIF_ORIENTATION = 0x0112
-PNG_BIT_DEPTH = slice(24, 25)
-
-
-@dataclass(frozen=True)
-class Caps:
-    max_bytes: int
-    """Largest encoded picture."""
-    max_pixels: int
-    """Largest width * height; read from the header, before any pixel is decoded."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,10 @@ class Picture:
     height: int
     sha256: str
     converted: bool
+    """Written anew by one of the rules above; to be made smaller alone does not count."""
+    original_width: int = 0
+    """Upright, as it came; 0: there is no picture."""
+    original_height: int = 0
 
 
 def read_picture(file: Path, caps: Caps) -> Picture:
@@ -51,77 +76,55 @@ def read_picture(file: Path, caps: Caps) -> Picture:
 
 def check_picture(encoded: bytes, caps: Caps) -> Picture:
     """As read_picture, from bytes that are in memory already."""
-    if len(encoded) > caps.max_bytes:
-        raise ValueError(f"is larger than {caps.max_bytes} bytes")
-    try:
-        header = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise ValueError(f"has more than {caps.max_pixels} pixels") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"is no picture in {', '.join(FORMATS)}") from None
-    except Exception as error:
-        raise ValueError(f"has a broken header: {error}") from None
-    if header.width * header.height > caps.max_pixels:
-        raise ValueError(f"has {header.width} x {header.height} pixels, more than {caps.max_pixels}")
-    try:
-        image, converted = _decoded(header, encoded)
-    except Exception as error:  # Pillow's decoders raise of every kind on broken bytes, and none may stop the run
-        raise ValueError(f"cannot be decoded: {error}") from None
-    kept = _png(image) if converted else encoded
-    if len(kept) > LARGEST_KEPT_BYTES:
-        raise ValueError(f"becomes a PNG of {len(kept)} bytes, more than the {LARGEST_KEPT_BYTES} that training reads")
-    return Picture(kept, image.width, image.height, hashlib.sha256(kept).hexdigest(), converted)
+    return checked(open_picture(encoded, caps))
 
 
-def limit_pillow(caps: Caps) -> None:
-    """Sets Pillow's limits for this process: the pixels of any picture, and that truncated ones fail to decode."""
-    Image.MAX_IMAGE_PIXELS = caps.max_pixels
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    # Pillow warns above its limit and raises above twice that; check_picture raises at once.
-    warnings.filterwarnings("ignore", module="PIL")
+def rgb_pixels(encoded: bytes, caps: Caps, *, shorter_side: int = 0) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8, upright, by the rules above; may be read-only.
+
+    shorter_side: in pixels; a JPEG may then be decoded at 1/2, 1/4 or 1/8, its shorter side at least this long.
+    Raises ValueError as check_picture does.
+    """
+    opened = open_picture(encoded, caps)
+    if opened.fast and shorter_side > 0:
+        pixels = jpeg_pixels(opened, shorter_side, shorter_side, colour="RGB")
+    elif opened.fast:
+        pixels = jpeg_pixels(opened, colour="RGB")
+    else:
+        pixels = np.asarray(decoded(opened).convert("RGB"))
+    turn = TURNS.get(orientation(opened) or 1)
+    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
 
 
-def _decoded(image: Image.Image, encoded: bytes) -> tuple[Image.Image, bool]:
-    """(the picture, whether it differs from its bytes); every pixel has been decoded."""
-    if image.format == "PNG":
-        image.verify()  # checksums of all chunks; the picture must be opened anew after it
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    image.load()
-    plain = _plain(image, encoded)
-    return (image, False) if plain else (_rgb_on_white(image), True)
+def checked(opened: Opened) -> Picture:
+    """The picture kept or converted, after every pixel has been decoded. Raises ValueError with the reason."""
+    if opened.fast:
+        with decoding():
+            # An eighth of the size, grey: all entropy-coded data is read, little of it becomes pixels.
+            simplejpeg.decode_jpeg(opened.encoded, "GRAY", min_height=1, min_width=1, strict=True)
+        image = opened.image
+    else:
+        image = decoded(opened)
+    turn = orientation(opened)
+    width, height = upright_size(opened)
+    if is_plain(opened, turn):
+        return picture_of(opened.encoded, (width, height), converted=False, original=(width, height))
+    if opened.fast:
+        image = decoded(opened)
+    content = png_bytes(turned(image, turn).convert("RGB"))
+    return picture_of(content, (width, height), converted=True, original=(width, height))
 
 
-def _plain(image: Image.Image, encoded: bytes) -> bool:
-    deep = image.format == "PNG" and encoded[PNG_BIT_DEPTH] == b"\x10"
-    return (
-        image.format in ("JPEG", "MPO", "PNG")
-        and image.mode in ("RGB", "L")
-        and not deep
-        and "transparency" not in image.info
-        and (image.format != "PNG" or not getattr(image, "is_animated", False))
-        and image.getexif().get(EXIF_ORIENTATION, 1) == 1
-    )
+def picture_of(encoded: bytes, size: tuple[int, int], *, converted: bool, original: tuple[int, int]) -> Picture:
+    return Picture(encoded, *size, hashlib.sha256(encoded).hexdigest(), converted, *original)
 
 
-def _rgb_on_white(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16") or upright.mode == "I":
-        upright = _eight_bits(upright)
-    if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
-        rgba = upright.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return upright.convert("RGB")
-
-
-def _png(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
+    """Raises ValueError where the PNG is larger than training reads."""
     file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, "PNG", icc_profile=None)
+    if file.tell() > LARGEST_KEPT_BYTES:
+        raise ValueError(
+            f"becomes a PNG of {file.tell()} bytes, more than the {LARGEST_KEPT_BYTES} that training reads"
+        )
     return file.getvalue()
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits to 8: Pillow's own conversion cuts everything above 255 to white."""
-    import numpy as np
-
-    values = np.asarray(image.convert("I"), dtype=np.int64)
-    return Image.fromarray((values.clip(0, 65_535) // 257).astype(np.uint8))

@@ -39,7 +39,7 @@ FOREIGN = {"limoe_dist.config": {"pydantic"}, "limoe_dist.equations": {"torch"}}
 # The entry point hands over to a command of another room, when that command is asked for.
 LAZY = {("launch.cli", "data_prep.cli")}
 # The order of the data and its manifest are read on machines without torch and DALI.
-LIGHT = {"limoe_dist.data.manifest", "limoe_dist.data.mixture", "limoe_dist.data.order"}
+LIGHT = {"limoe_dist.data.manifest", "limoe_dist.data.mixture", "limoe_dist.data.order", "limoe_dist.data.places"}
 HEAVY = {"torch", "nvidia"}
 
 

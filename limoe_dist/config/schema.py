@@ -162,10 +162,10 @@ class Data(Section):
     """start: compare the checksums of all local shards before the first step. never: only their sizes, for sets that
     `limoe prep verify` has read. Shards from a URL are always compared when they arrive."""
     cache: str = ""
-    """Folder of this host for shards from a URL, shared by its ranks; empty: limoe-shards in the folder for temporary
-    files (TMPDIR)."""
+    """Folder of this host for shards from a URL, shared by its ranks; empty: limoe-shards-UID in the folder for
+    temporary files (TMPDIR)."""
     cache_gb: Positive = 100.0
-    """Most gigabytes in that folder; at least the shards of one window of each source."""
+    """Most gigabytes in that folder; at least the shards of two windows of each such source."""
     threads: Count = 1
     """Decoder threads of each rank."""
     prefetch: Count = 2

@@ -90,8 +90,9 @@ class ShardSet:
         self.parts = tuple(parts)
         # Almost every set has one manifest; what is meant for it alone takes the first.
         self.path, self.manifest, self.folder = parts[0].path, parts[0].manifest, parts[0].folder
-        self.most_open = MOST_OPEN
         self.cache = _cache_for(parts, data or Data())
+        # What a rank has open it holds in the host's cache.
+        self.most_open = MOST_OPEN if self.cache is None else 2
         self._entries = [(join(part.folder, shard.file), shard) for part in parts for shard in part.manifest.shards]
         self._first_rows = np.concatenate([[0], np.cumsum([shard.rows for _, shard in self._entries])])
         self._open: OrderedDict[int, _Shard] = OrderedDict()

@@ -92,11 +92,19 @@ class Decoder:
 
     def _graph(self, device: str) -> Any:
         encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
-        # Whole, and cut afterwards: decoders.image_slice reads a broken JPEG as long as the crop ends above the break,
-        # so that a row would be bad at one position and good at another.
-        pixels: Any = fn.decoders.image(encoded, device=device, output_type=DALIImageType.RGB)
         if self._crops:
-            pixels = fn.slice(pixels, _argument("anchor", ndim=1), _argument("shape", ndim=1), axis_names="HW")
+            # Of a JPEG only the rows of blocks that the crop needs are decoded: the same pixels as of the whole picture
+            # cut afterwards, for less. A picture that is cut off below the crop never gets here: see declared_size.
+            pixels: Any = fn.decoders.image_slice(
+                encoded,
+                _argument("anchor", ndim=1),
+                _argument("shape", ndim=1),
+                axis_names="HW",
+                device=device,
+                output_type=DALIImageType.RGB,
+            )
+        else:
+            pixels = fn.decoders.image(encoded, device=device, output_type=DALIImageType.RGB)
         pixels = fn.resize(pixels, size=[self.image.size, self.image.size], antialias=True)
         if self._warps:
             pixels = fn.warp_affine(pixels, matrix=_argument("matrix", ndim=2), fill_value=WHITE)

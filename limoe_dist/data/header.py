@@ -38,7 +38,7 @@ def picture_refusal(row: Row) -> str | None:
 
 
 def declared_size(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """Width and height in pixels that the header of a PNG, JPEG or WebP declares; 2 microseconds.
+    """Width and height in pixels that the header of a PNG, JPEG or WebP declares; some microseconds.
 
     Raises ValueError with the reason for what the decoder's own parser refuses. Only what passes here may be decoded:
     DALI 2.4 ends the *process* with a segmentation fault, sooner or later, where a header in a batch cannot be parsed.
@@ -51,7 +51,19 @@ def declared_size(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
         raise ValueError("damaged or truncated: its structure cannot be read") from None
     if not width or not height:
         raise ValueError(f"a picture of {width} x {height} pixels")
+    if not _ends(image):
+        raise ValueError("damaged or truncated: a JPEG without its end")
     return width, height
+
+
+def _ends(image: npt.NDArray[np.uint8]) -> bool:
+    """Whether a JPEG has its end: a decoder that wants a part of it alone would not miss what is cut off below.
+
+    Behind the start of the last scan, since a thumbnail in a header has an end of its own; within a scan neither marker
+    occurs. The other formats' structure is read by the decoder's parser.
+    """
+    content = image.tobytes()
+    return not content.startswith(b"\xff\xd8") or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
 
 
 def _check_format(image: npt.NDArray[np.uint8]) -> None:

@@ -129,8 +129,13 @@ class Loader:
         raise item
 
     def close(self) -> None:
-        """Ends the thread and waits for it; batches prepared ahead are dropped. A second call does nothing."""
+        """Ends the thread and waits for it; batches prepared ahead are dropped, and nothing more is fetched.
+
+        A second call does nothing.
+        """
         self._closed.set()
+        if self.shards.cache is not None:
+            self.shards.cache.close()  # the thread may be waiting for a shard
         self._thread.join()
         while not self._ready.empty():
             self._ready.get_nowait()

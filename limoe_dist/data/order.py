@@ -77,10 +77,12 @@ class SourceOrder:
 
     @property
     def shards_of_a_window(self) -> int:
-        """About how many shards are read at a time."""
+        """The most shards that one window reads, whatever their order."""
         if not self.windowed:
             return len(self.shard_rows)
-        return -(-self.window_rows * len(self.shard_rows) // self.rows) + 2
+        # Worst is a window of the smallest shards, begun and ended in the middle of one.
+        whole = int(np.searchsorted(np.cumsum(sorted(self.shard_rows)), self.window_rows - 1))
+        return min(whole + 2, len(self.shard_rows))
 
     def at(self, samples: Ints) -> tuple[Ints, Ints]:
         """Epoch and row of the source's samples, each (n,) int64. Raises ValueError for a negative one."""

@@ -67,9 +67,9 @@ def expand(place: str, *, suffixes: Sequence[str] = ()) -> list[str]:
     """
     with failures(place):
         fs, path = filesystem(place)
-        if any(letter in path for letter in "*?["):
+        if not _is_web(path) and any(letter in path for letter in "*?["):
             found = [str(one) for one in fs.glob(path)]
-        elif fs.isdir(path):
+        elif _is_folder(fs, path):
             found = [str(one) for one in fs.find(path, maxdepth=1)]
             found = [one for one in found if not suffixes or one.endswith(tuple(suffixes))]
         elif fs.exists(path):
@@ -85,7 +85,17 @@ def expand(place: str, *, suffixes: Sequence[str] = ()) -> list[str]:
 def is_folder(place: str) -> bool:
     with failures(place):
         fs, path = filesystem(place)
-        return bool(fs.isdir(path))
+        return _is_folder(fs, path)
+
+
+def _is_folder(fs: Any, path: str) -> bool:
+    # A web server has no folders; asked for one, fsspec fetches the file whole to look for links in it.
+    return not _is_web(path) and bool(fs.isdir(path))
+
+
+def _is_web(path: str) -> bool:
+    """Whether this is a web server's: it lists nothing, and a ? begins a query."""
+    return path.startswith(("http://", "https://"))
 
 
 def exists(place: str) -> bool:
@@ -135,12 +145,12 @@ def failures(place: str) -> Iterator[None]:
         raise UserError(f"{place}: may not be read ({_text(error)}): check the rights or the credentials") from None
     except Exception as error:
         # Stores raise of many kinds (botocore, aiohttp), and which ones is known only where their package is imported.
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORES:
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in STORES:
             raise UserError(f"{place}: cannot be read: {_text(error)}") from None
         raise
 
 
-_STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "s3fs", "fsspec", "google", "asyncio")
+STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "s3fs", "fsspec", "google", "asyncio")
 
 
 def _text(error: BaseException) -> str:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.manifest import sha256_of, verify_shards
-from limoe_dist.data.mixture import check_pairs, data_hash, described, entries_of, manifest_file, with_home
+from limoe_dist.data.mixture import check_pairs, data_hash, described, entries_of, manifest_file, orders_of, with_home
+from limoe_dist.data.places import is_remote
 from limoe_dist.data.tokenizer import Tokenizer, normalised, open_tokenizer
 from limoe_dist.eval.classes import ClassNames, classes_of_run
 from limoe_dist.parallel.collectives import all_or_none
@@ -30,6 +32,11 @@ class Inputs:
     told: tuple[str, ...] = ()
     """Lines about a mixture, for whoever starts the run."""
 
+    def close(self) -> None:
+        """Gives back all shards."""
+        for shards in filter(None, (self.train, self.validation)):
+            shards.close()
+
 
 def open_inputs(run: Run, mesh: Mesh, device: torch.device) -> Inputs:
     """Opens shards and vocabulary; the ranks share the work of checking every shard's checksum. A collective.
@@ -44,6 +51,7 @@ def _open(run: Run, mesh: Mesh) -> Inputs:
     train = ShardSet(*(entry.path for entry in entries_of(run.data)), data=run.data)
     manifests = [part.manifest for part in train.parts]
     check_pairs(run.data, manifests)
+    _check_cache(run, train)
     validation = ShardSet(run.data.validation, data=run.data) if run.data.validation else None
     for shards in (train, validation):
         if shards is not None:
@@ -62,6 +70,22 @@ def _open(run: Run, mesh: Mesh) -> Inputs:
         tokenizer_hash=sha256_of(tokenizer.path),
         told=tuple(described(run.data, manifests, samples=run.train.steps * run.train.batch_pairs)),
     )
+
+
+def _check_cache(run: Run, train: ShardSet) -> None:
+    """Raises UserError where shards from a URL would be fetched anew all the time, or not at all."""
+    orders = orders_of(run.data, [part.manifest for part in train.parts], seed=run.train.seed)
+    needed = 0
+    for part, order in zip(train.parts, orders, strict=True):
+        sizes = sorted((shard.bytes for shard in part.manifest.shards), reverse=True)
+        # The slowest rank may be in one window while the fastest is in the next.
+        needed += sum(sizes[: 2 * order.shards_of_a_window]) if is_remote(part.path) else 0
+    if needed > run.data.cache_gb * 1e9:
+        raise UserError(
+            f"data.cache_gb={run.data.cache_gb:g}, but two windows of data.window_rows={run.data.window_rows} rows of "
+            f"each source from a URL are shards of up to {needed / 1e9:.3g} GB: raise data.cache_gb to at least that, "
+            "or use a smaller window (0 mixes whole sources)"
+        )
 
 
 def _classes(run: Run, train: ShardSet, validation: ShardSet) -> list[ClassNames] | None:

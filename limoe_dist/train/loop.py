@@ -129,6 +129,7 @@ def train(
         finally:
             display.close()
             log.close()
+            inputs.close()
             if claim is not None:
                 claim.close()
     return Outcome(step=step, signal=signal)

@@ -230,18 +230,32 @@ def test_a_shard_that_is_read_stays(shards, make, tmp_path):
 
 
 def test_where_all_room_is_in_use_the_error_says_what_is_needed(shards, make, tmp_path):
-    held = [take(make(room=2.5), wanted) for wanted in shards[:2]]
+    cache = make(room=2.5)
+    held = [take(cache, wanted) for wanted in shards[:2]]
     (tmp_path / "cache" / "notes.txt").write_bytes(b"x" * 1000)
-    other = make(room=2.5)
+    start = time.monotonic()
     with pytest.raises(UserError) as raised:
-        take(other, shards[2])
+        take(cache, shards[2])
+    assert time.monotonic() - start < 5  # nobody else could release anything
     told = str(raised.value)
     assert told.startswith(f"{shards[2].url}: data.cache_gb=0.00025 is too small for a shard of 100000 bytes")
     assert "reading shards of 200000 bytes" in told
     assert "and 1000 bytes are of other files" in told
     assert "at least 0.001" in told  # 0.3 MB, rounded up to whole ones
     held[0].release()
-    take(other, shards[2]).release()
+    held[0].release()
+    take(cache, shards[2]).release()
+
+
+def test_room_that_another_rank_has_is_waited_for_a_while(shards, make, monkeypatch):
+    monkeypatch.setattr(cache_module, "ROOM_POLL_S", 0.01)
+    held = take(make(room=1.5), shards[0])
+    threading.Timer(0.1, held.release).start()
+    mine = take(make(room=1.5), shards[1])
+    monkeypatch.setattr(cache_module, "ROOM_S", 0.1)
+    with pytest.raises(UserError, match="reading shards of 100000 bytes"):
+        take(make(room=1.5), shards[2])
+    mine.release()
 
 
 def test_a_limit_below_a_single_shard_is_refused_at_once(store, shards, make):
@@ -499,7 +513,7 @@ def test_the_settings_name_the_folder_and_its_limit(tmp_path, monkeypatch):
     assert (tmp_path / "here").is_dir()
     assert cache._folder.limit_bytes == 500_000_000
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert cache_module.cache_folder(Data()) == tmp_path / "limoe-shards"
+    assert cache_module.cache_folder(Data()) == tmp_path / f"limoe-shards-{os.getuid()}"
     assert stat_mode(tmp_path / "here") == 0o700
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import Pipeline, fn
+from nvidia.dali.types import DALIDataType, DALIImageType
 from PIL import Image as Pillow
 
 from limoe_dist.config.schema import Image
@@ -147,8 +150,44 @@ def test_a_broken_picture_is_bad_whatever_part_of_it_is_asked_for() -> None:
     params = identity_params(1)
     # The upper left corner, long before the break.
     params.shape[:] = 0.2
-    with pytest.raises(DecodeError, match="damaged pixels"):
+    with pytest.raises(DecodeError, match="damaged or truncated: a JPEG without its end"):
         decoder(PLAIN.model_copy(update={"min_crop_area": 0.04})).decode([content], params)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "4:2:0": {"format": "JPEG", "subsampling": 2},
+    "4:4:4": {"format": "JPEG", "subsampling": 0},
+    "4:2:2": {"format": "JPEG", "subsampling": 1},
+    "progressive": {"format": "JPEG", "progressive": True},
+    "turned": {"format": "JPEG", "exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"},
+    "PNG": {"format": "PNG"},
+    "WebP": {"format": "WEBP"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_that_is_decoded_alone_has_the_pixels_of_the_whole(kind: str) -> None:
+    chance = np.random.default_rng(3)
+    coarse = Pillow.fromarray(chance.integers(0, 256, (12, 17, 3), dtype=np.uint8))
+    coarse.resize((133, 91), Pillow.Resampling.BICUBIC).save(content := io.BytesIO(), **KINDS[kind])
+    image = PLAIN.model_copy(update={"min_crop_area": 0.05, "size": 16})
+    params = augment_params(np.arange(24), image, seed=1)
+    pictures = [np.frombuffer(content.getvalue(), dtype=np.uint8)] * 24
+    found = decoder(image, batch_size=24).decode(pictures, params)
+
+    pipeline = Pipeline(batch_size=24, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    with pipeline:
+        encoded, anchor, shape = (
+            fn.external_source(name=name, dtype=dtype, ndim=1)
+            for name, dtype in (("e", DALIDataType.UINT8), ("a", DALIDataType.FLOAT), ("s", DALIDataType.FLOAT))
+        )
+        whole = fn.decoders.image(encoded, output_type=DALIImageType.RGB)
+        part = fn.resize(fn.slice(whole, anchor, shape, axis_names="HW"), size=[16, 16], antialias=True)
+        pipeline.set_outputs(part)
+    pipeline.build()
+    (output,) = pipeline.run(e=pictures, a=params.anchor, s=params.shape)
+    expected = output.as_array().transpose(0, 3, 1, 2).astype(np.float32)
+    assert np.abs(found.numpy() * image.std + image.mean - expected).max() < 1e-3
 
 
 def test_a_batch_is_not_overwritten_by_the_next() -> None:

@@ -92,6 +92,7 @@ def test_a_server_without_ranges_begins_anew(store, monkeypatch):
     store.faults["a"] = ["cut", "whole"]
     assert fetched(wanted) == CONTENT
     assert store.asked[1][1]
+    assert len(store.asked) == 2
 
 
 def test_a_store_that_goes_on_failing_is_given_up_after_the_retries(store):
@@ -200,14 +201,15 @@ def bucket() -> Iterator[str]:
 
 
 def test_a_shard_comes_from_s3_in_ranges(bucket, monkeypatch):
-    monkeypatch.setattr(remote, "CHUNK_BYTES", 40_000)
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 50_000)
     digest = hashlib.sha256(CONTENT).hexdigest()
     s3 = Patience(retries=0, stall_s=20)
     assert fetched(Wanted(f"{bucket}/a.arrow", len(CONTENT), digest), s3) == CONTENT
-    # The object ends amid a range, and at the end of one.
-    for size_bytes in (len(CONTENT) + 1, len(CONTENT) + 30_000):
-        with pytest.raises(UserError, match=f"100000 bytes, but the manifest says {size_bytes}"):
-            fetched(Wanted(f"{bucket}/a.arrow", size_bytes, digest), s3)
+    # The object ends where a range begins, and amid one.
+    for range_bytes in (50_000, 70_000):
+        monkeypatch.setattr(remote, "CHUNK_BYTES", range_bytes)
+        with pytest.raises(UserError, match="100000 bytes, but the manifest says 120000"):
+            fetched(Wanted(f"{bucket}/a.arrow", 120_000, digest), s3)
 
 
 @pytest.mark.parametrize("place", ["s3://set/none.arrow", "s3://no-such-bucket/a.arrow"])

@@ -45,7 +45,11 @@ def test_an_unknown_option_is_status_2(capsys):
     [
         (["--source", "--out", "x"], "--source: name at least one folder"),
         (["--source", "a", "--source", "b", "--out", "x"], "--source is given 2 times"),
-        (["--source", "a", "--out", "x", "--threads", "0"], "--threads=0: must be above 0"),
+        (["--source", "a", "--out", "x", "--workers", "-1"], "--workers=-1: must be a number of processes"),
+        (["--source", "a", "--out", "x", "--unit", "2/2"], "--unit=2/2: must be I/N with 0 <= I < N"),
+        (["--source", "a", "--out", "x", "--score", "nsfw<0.5"], '--score "nsfw<0.5": must be a column, >= or <='),
+        (["--source", "a", "--out", "x", "--size", "-1"], "--size=-1: must be the shorter side in pixels"),
+        (["--source", "a", "--out", "x", "--drop", "absent.txt"], "absent.txt: there is no such file"),
         (["--source", "a", "--out", "x", "--shard-mb", "nan"], "--shard-mb=nan: must be above 0"),
         (["--source", "absent", "--out", "x"], "--source absent: there is no such folder"),
     ],

@@ -4,24 +4,32 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from data_prep.filters import Filters, parse_limits
 from data_prep.pack import PackSettings, pack, summary
 from data_prep.pictures import Caps
+from data_prep.sources.opening import Columns, open_sources
+from data_prep.transform import Transform
 from limoe_dist.config.errors import UserError
 from limoe_dist.data import manifest as manifests
 from tests.data_prep.pictures_of import decoded, encoded, folder_source, noisy, simple_source
 
-SETTINGS = PackSettings("test", shard_bytes=1_000_000, seed=0, caps=Caps(1_000_000, 100_000))
+SETTINGS = PackSettings("test", Transform(Caps(1_000_000, 100_000)), shard_bytes=1_000_000)
 
 
-def run(sources, out, *, settings=SETTINGS, threads=1, overwrite=False):
+def run(sources, out, *, settings=SETTINGS, workers=1, overwrite=False):
     console = Console(file=io.StringIO())
-    return pack(sources, out, settings, threads=threads, overwrite=overwrite, console=console)
+    return pack(lambda: open_sources(sources), out, settings, workers=workers, overwrite=overwrite, console=console)
+
+
+def shard_files(out):
+    return sorted(file.name for file in out.glob("shard-*.arrow"))
 
 
 def rows_of(out):
@@ -32,7 +40,8 @@ def rows_of(out):
 
 def rejected(out):
     lines = (out / "rejected.jsonl").read_text().splitlines()
-    return {one["image"]: one["reason"] for one in map(json.loads, lines)}
+    # A place ends with the picture's path, or the line of a text alone.
+    return {one["place"].rpartition(", ")[2]: one["reason"] for one in map(json.loads, lines)}
 
 
 def test_what_goes_in_comes_out(tmp_path):
@@ -47,7 +56,7 @@ def test_what_goes_in_comes_out(tmp_path):
     (row,) = rows_of(tmp_path / "out")
     assert list(row) == list(manifests.COLUMNS)
     assert row == {
-        "key": "birds/sub/a",
+        "key": "src/sub/a",
         "image": content,
         "captions": ["an owl", "a bird"],
         "concept": "owl",
@@ -90,7 +99,7 @@ def test_bad_rows_are_named_with_their_reason_and_do_not_stop_the_run(tmp_path):
     assert packed.rejected == len(reasons) == 9
     assert reasons["cut.png"].startswith("cannot be decoded")
     assert reasons["text.png"].startswith("is no picture")
-    assert "surrogate" in reasons[""]
+    assert "surrogate" in reasons["line 5"]
     assert reasons["blank.png"] == "has an empty caption"
     assert "surrogate" in reasons["half.png"]
     assert "pixels" in reasons["bomb.png"]
@@ -140,10 +149,18 @@ def test_a_manifest_from_before_rows_were_counted_tells_nothing(tmp_path):
         manifests.load_manifest(file)
 
 
-def test_a_shard_of_texts_alone_closes_by_their_bytes(tmp_path):
-    source = folder_source(tmp_path / "src", [{"caption": "x" * 10} for _ in range(5)], {})
-    manifest = run([source], tmp_path / "out", settings=replace(SETTINGS, shard_bytes=15)).manifest
-    assert [shard.rows for shard in manifest.shards] == [2, 2, 1]
+def test_a_group_is_cut_into_as_few_shards_of_equal_rows_as_have_the_size(tmp_path):
+    source = folder_source(tmp_path / "src", [{"caption": "x" * 1000} for _ in range(10)], {})
+    # Ten rows of 1,020 bytes with key, text and source: in shards of 3,400 bytes that is three, of 3 or 4 rows.
+    manifest = run([source], tmp_path / "out", settings=replace(SETTINGS, shard_bytes=3_450)).manifest
+    assert [shard.rows for shard in manifest.shards] == [3, 3, 4]
+    assert shard_files(tmp_path / "out") == [f"shard-000000-0{n}.arrow" for n in range(3)]
+    assert len({row["key"] for row in rows_of(tmp_path / "out")}) == 10
+
+
+def test_a_row_that_is_larger_than_a_shard_has_one_for_itself(tmp_path):
+    manifest = run([simple_source(tmp_path / "src", 3)], tmp_path / "out", settings=replace(SETTINGS, shard_bytes=1))
+    assert [shard.rows for shard in manifest.manifest.shards] == [1, 1, 1]
 
 
 def test_texts_of_two_folders_on_one_line_of_one_source_keep_apart(tmp_path):
@@ -152,14 +169,14 @@ def test_texts_of_two_folders_on_one_line_of_one_source_keep_apart(tmp_path):
     ]
     run(sources, tmp_path / "out")
     assert {row["key"]: row["captions"] for row in rows_of(tmp_path / "out")} == {
-        "s/line-1": ["text of a"],
-        "b/s/line-1": ["text of b"],
+        "a/line-1": ["text of a"],
+        "b/line-1": ["text of b"],
     }
 
 
 def test_a_run_without_a_good_row_is_an_error_and_leaves_no_manifest(tmp_path):
     source = folder_source(tmp_path / "src", [{"image": "x.png", "caption": "fine"}], {"x.png": b"hello"})
-    with pytest.raises(UserError, match=r"all 1 rows were rejected, the first because x\.png is no picture"):
+    with pytest.raises(UserError, match=r"all 1 rows were rejected, the first because src/x .* is no picture"):
         run([source], tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
 
@@ -173,15 +190,14 @@ def test_alpha_reaches_the_shard_on_white(tmp_path):
     assert decoded(rows_of(tmp_path / "out")[0]["image"]).tolist() == [[[255, 255, 255]] * 2] * 2
 
 
-def test_the_same_seed_gives_the_same_bytes_for_any_number_of_threads(tmp_path):
+def test_another_seed_gives_another_order_of_the_same_rows(tmp_path):
     source = simple_source(tmp_path / "src", 40)
-    first = run([source], tmp_path / "a", threads=1).manifest
-    second = run([source], tmp_path / "b", threads=3).manifest
-    assert first == second
+    first = run([source], tmp_path / "a").manifest
     other = run([source], tmp_path / "c", settings=replace(SETTINGS, seed=1)).manifest
     assert other.shards[0].sha256 != first.shards[0].sha256
-    keys = [{row["key"] for row in rows_of(tmp_path / name)} for name in ("a", "c")]
-    assert keys[0] == keys[1]
+    keys = [[row["key"] for row in rows_of(tmp_path / name)] for name in ("a", "c")]
+    assert sorted(keys[0]) == sorted(keys[1])
+    assert keys[0] != keys[1]
 
 
 def test_rows_of_all_sources_are_mixed_and_their_place_does_not_depend_on_the_order_of_the_sources(tmp_path):
@@ -193,30 +209,22 @@ def test_rows_of_all_sources_are_mixed_and_their_place_does_not_depend_on_the_or
     assert [row["key"] for row in rows_of(tmp_path / "a")] == [row["key"] for row in rows_of(tmp_path / "b")]
 
 
-def test_a_shard_closes_with_the_row_that_fills_it(tmp_path):
-    source = simple_source(tmp_path / "src", 5)
-    size = len((source / "p0.png").read_bytes())
-    manifest = run([source], tmp_path / "out", settings=replace(SETTINGS, shard_bytes=size + 1)).manifest
-    assert [shard.rows for shard in manifest.shards] == [2, 2, 1]  # all five pictures have nearly the same size
-    assert len({row["key"] for row in rows_of(tmp_path / "out")}) == 5
-
-
 def test_batches_hold_at_most_256_rows(tmp_path):
     rows = [{"image": f"{n}.png", "caption": str(n)} for n in range(300)]
     content = encoded(noisy(1, size=(2, 2)))
     run([folder_source(tmp_path / "src", rows, {row["image"]: content for row in rows})], tmp_path / "out")
-    with pa.memory_map(str(tmp_path / "out/shard-00000.arrow")) as file, pa.ipc.open_file(file) as reader:
+    with pa.memory_map(str(tmp_path / "out/shard-000000-00.arrow")) as file, pa.ipc.open_file(file) as reader:
         assert [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)] == [256, 44]
 
 
 def test_the_same_inputs_are_packed_once(tmp_path):
     source = simple_source(tmp_path / "src")
     first = run([source], tmp_path / "out")
-    state = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    state = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     second = run([source], tmp_path / "out")
     assert (first.skipped, second.skipped) == (False, True)
     assert second.manifest == first.manifest
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == state
+    assert {path: path.stat().st_mtime_ns for path in state} == state
 
 
 def change_caption(source):
@@ -257,10 +265,10 @@ def test_overwriting_with_less_leaves_nothing_of_the_old_set(tmp_path):
     (out / "notes.txt").write_text("mine")
     run([source], out, overwrite=True)
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["manifest.json", "notes.txt", "pack.json", "rejected.jsonl", "shard-00000.arrow"]
+    assert names == ["groups", "manifest.json", "notes.txt", "pack.json", "rejected.jsonl", "shard-000000-00.arrow"]
 
 
-def test_an_interrupted_run_is_no_data_set_and_is_begun_anew(tmp_path, monkeypatch):
+def test_an_interrupted_run_is_no_data_set_and_is_gone_on_with(tmp_path, monkeypatch):
     source, out = simple_source(tmp_path / "src"), tmp_path / "out"
 
     def killed(*_: object) -> None:
@@ -270,10 +278,12 @@ def test_an_interrupted_run_is_no_data_set_and_is_begun_anew(tmp_path, monkeypat
         patch.setattr(manifests, "save_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
             run([source], out)
-    assert (out / "shard-00000.arrow").exists()
+    (shard,) = out.glob("shard-*.arrow")
+    written = shard.stat().st_mtime_ns
     assert not (out / "manifest.json").exists()
     assert not run([source], out).skipped
     assert len(rows_of(out)) == 6
+    assert shard.stat().st_mtime_ns == written
 
 
 def test_an_interrupted_overwrite_leaves_no_manifest_of_shards_that_are_gone(tmp_path, monkeypatch):
@@ -284,19 +294,93 @@ def test_an_interrupted_overwrite_leaves_no_manifest_of_shards_that_are_gone(tmp
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_prep.pack._write_shards", killed)
+    monkeypatch.setattr("data_prep.group.write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         run([source], out, overwrite=True)
     assert not (out / "manifest.json").exists()
-    assert not list(out.glob("shard-*"))
+    assert not shard_files(out)
 
 
-def test_a_lost_shard_is_packed_again(tmp_path):
+def test_half_a_pack_of_other_settings_is_not_thrown_away_unasked(tmp_path, monkeypatch):
+    source, out = simple_source(tmp_path / "src"), tmp_path / "out"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "save_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run([source], out)
+    with pytest.raises(UserError, match="1 groups of other inputs or settings are done there: go on with those"):
+        run([source], out, settings=replace(SETTINGS, seed=1))
+    assert run([source], out, settings=replace(SETTINGS, seed=1), overwrite=True).manifest.rows == 6
+
+
+def test_what_was_begun_with_other_versions_is_not_gone_on_with(tmp_path, monkeypatch):
     source, out = simple_source(tmp_path / "src"), tmp_path / "out"
     run([source], out)
-    (out / "shard-00000.arrow").write_bytes(b"cut off")
-    assert not run([source], out).skipped
-    manifests.verify_shards(manifests.load_manifest(out), out)
+    monkeypatch.setattr("data_prep.pack.versions", lambda: {"jpeg": "9z"})
+    assert run([source], out).skipped  # what is whole stays whole
+    (out / "shard-000000-00.arrow").unlink()
+    with pytest.raises(UserError, match=r"was begun with .*, and this is jpeg 9z, pyarrow .*--overwrite"):
+        run([source], out)
+    assert run([source], out, overwrite=True).manifest.made_with["jpeg"] == "9z"
+
+
+def test_of_a_lost_shard_only_its_group_is_packed_again(tmp_path):
+    sources, out = [simple_source(tmp_path / name, 20) for name in ("one", "two")], tmp_path / "out"
+    first = run(sources, out, settings=replace(SETTINGS, group_rows=20)).manifest
+    lost, kept = [out / shard.file for shard in first.shards]
+    before = kept.stat().st_mtime_ns
+    lost.write_bytes(b"cut off")
+    again = run(sources, out, settings=replace(SETTINGS, group_rows=20))
+    assert not again.skipped
+    assert again.manifest == first
+    manifests.verify_shards(again.manifest, out)
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_the_manifest_says_what_the_rows_went_through_and_with_which_versions(tmp_path):
+    manifest = run([simple_source(tmp_path / "src")], tmp_path / "out").manifest
+    assert manifest.settings["seed"] == 0
+    assert manifest.settings["transform"]["caps"] == {"max_bytes": 1_000_000, "max_pixels": 100_000}
+    assert manifest.made_with["pyarrow"] == pa.__version__
+    assert manifests.load_manifest(tmp_path / "out") == manifest
+    assert str(tmp_path) not in (tmp_path / "out/manifest.json").read_text()
+
+
+def test_rows_of_a_drop_list_are_left_out_and_told(tmp_path):
+    listed = SimpleNamespace(sha256="1" * 64, reason=lambda key: "is a duplicate" if key == "src/p1" else None)
+    out, source = tmp_path / "out", simple_source(tmp_path / "src", 3)
+    console = Console(file=io.StringIO())
+    packed = pack(lambda: open_sources([source]), out, SETTINGS, drop=listed, console=console)
+    assert sorted(row["key"] for row in rows_of(out)) == ["src/p0", "src/p2"]
+    assert rejected(out) == {"p1.png": "is a duplicate"}
+    assert packed.kinds == {"is a duplicate": 1}
+    with pytest.raises(UserError, match="other inputs or settings"):
+        run([source], out)
+
+
+def test_filters_leave_rows_and_captions_out_and_pictures_become_smaller(tmp_path):
+    rows = [{"image": "a.png", "captions": ["an owl in a tree", "owl"], "similarity": 0.3}]
+    rows += [{"image": "b.png", "captions": ["a fox in a wood"], "similarity": 0.1}]
+    rows += [{"image": "c.png", "captions": ["fox"], "similarity": 0.4}]
+    pictures = {name: encoded(noisy(1, size=(64, 48))) for name in ("a.png", "b.png", "c.png")}
+    source, out = folder_source(tmp_path / "src", rows, pictures), tmp_path / "out"
+    filters = Filters(min_caption_chars=5, scores=parse_limits(["similarity>=0.28"]))
+    settings = replace(SETTINGS, transform=replace(SETTINGS.transform, size=24, encode="jpeg"), filters=filters)
+    columns = Columns(scores=filters.columns)
+    packed = pack(lambda: open_sources([source], columns), out, settings, console=Console(file=io.StringIO()))
+    (row,) = rows_of(out)
+    assert (row["captions"], row["width"], row["height"]) == (["an owl in a tree"], 32, 24)
+    with Image.open(io.BytesIO(row["image"])) as image:
+        assert (image.format, image.size) == ("JPEG", (32, 24))
+    assert packed.kinds == {"has no caption of at least N characters": 1, "has similarity N, less than N": 1}
+    written = json.loads((out / "manifest.json").read_text())["settings"]
+    assert written["filters"]["scores"] == [
+        {"column": "similarity", "least": 0.28, "most": None, "missing_passes": False}
+    ]
+    assert manifests.load_manifest(out) == packed.manifest
 
 
 def test_shards_of_somebody_else_are_refused(tmp_path):
@@ -319,14 +403,14 @@ def test_two_pictures_never_share_a_key(tmp_path):
         "src/a": ["a.png"],
         "src/a.jpg": ["a.jpg"],
         "src/a.png": ["./a.png"],
-        "src/b": ["src/b.png"],
-        "src/b.png": ["b.png"],
+        "src/src/b": ["src/b.png"],
+        "src/b": ["b.png"],
     }
 
 
 def test_two_sources_of_one_name_are_refused_and_nothing_is_lost(tmp_path):
     sources = [simple_source(tmp_path / name / "src", 1) for name in ("x", "y")]
-    with pytest.raises(UserError, match='two folders are named "src"'):
+    with pytest.raises(UserError, match='two sources are named "src"'):
         run(sources, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
