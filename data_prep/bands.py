@@ -119,6 +119,7 @@ def _within(hashes_U: Any, radius: int, places: Sequence[int], found: Found, cut
             left = ends - _countdown(sizes[part])
             inside = left + 1 < ends
             _compare(sorted_U, sorted_U, left[inside], left[inside] + 1, ends[inside], radius, named)
+        del sorted_U, order, named, starts, sizes  # before the next sort: at ten million hashes they are 150 MB
 
 
 def _between(hashes_K: Any, hashes_N: Any, radius: int, places: Sequence[int], found: Found, cuts: int = 0) -> None:
@@ -156,10 +157,10 @@ def _sorted(hashes: Any, places: Sequence[int]) -> tuple[Any, Any]:
     packed = np.arange(len(hashes), dtype=np.uint64)
     done = INDEX_BITS
     for first, count in _neighbours(places):
-        bits = hashes >> np.uint64(first)
-        bits &= np.uint64((1 << count) - 1)
-        bits <<= np.uint64(done)
-        packed |= bits
+        for chunk in range(0, len(hashes), CHUNK):
+            part = slice(chunk, chunk + CHUNK)
+            bits = (hashes[part] >> np.uint64(first)) & np.uint64((1 << count) - 1)
+            packed[part] |= bits << np.uint64(done)
         done += count
     packed.sort()
     order = packed.astype(np.uint32)  # the lower half

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a picture of an EXIF orientation upright."""
+_JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
+"""By components; those of three are YCbCr or RGB, which libjpeg-turbo tells apart."""
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 _MARGIN = 1024  # a tile may be larger than a small picture
 
@@ -51,17 +54,34 @@ class Opened:
 
     encoded: bytes
     """Without what followed the end of a JPEG or PNG."""
-    image: Image.Image
-    """Read lazily by Pillow, as stored: not turned."""
+    caps: Caps
     jpeg: jpeg.Layout | None
     """Of a JPEG."""
     png: png.Layout | None
     """Of a PNG."""
 
+    @cached_property
+    def image(self) -> Image.Image:
+        """Read lazily by Pillow, as stored: not turned. Raises ValueError for a header that it cannot read.
+
+        Most JPEGs do without it: what is asked of their headers the walk through their segments has found.
+        """
+        return _pillow_header(self.encoded, self.caps)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) as stored."""
+        return (self.jpeg.width, self.jpeg.height) if self.jpeg else self.image.size
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name for it."""
+        return _JPEG_MODES.get(self.jpeg.components, "") if self.jpeg else self.image.mode
+
     @property
     def fast(self) -> bool:
         """Whether libjpeg-turbo gives its pixels as they are to be: a grey or RGB JPEG."""
-        return self.jpeg is not None and self.image.mode in ("RGB", "L")
+        return self.jpeg is not None and self.mode in ("RGB", "L")
 
 
 def open_picture(encoded: bytes, caps: Caps) -> Opened:
@@ -83,11 +103,12 @@ def open_picture(encoded: bytes, caps: Caps) -> Opened:
             png.check_gif(encoded)
     if found := found_jpeg or found_png:
         _check_pixels(found.width, found.height, caps)
-    image = _pillow_header(encoded, caps)
-    _check_pixels(image.width, image.height, caps)
-    if image.format == "TIFF":
-        _check_tiff(image, caps)
-    return Opened(encoded, image, found_jpeg, found_png)
+    opened = Opened(encoded, caps, found_jpeg, found_png)
+    if not opened.fast:
+        _check_pixels(opened.image.width, opened.image.height, caps)
+        if opened.image.format == "TIFF":
+            _check_tiff(opened.image, caps)
+    return opened
 
 
 def limit_pillow(caps: Caps) -> None:
@@ -100,16 +121,19 @@ def limit_pillow(caps: Caps) -> None:
 
 def is_plain(opened: Opened, turn: int | None) -> bool:
     """Whether its bytes may be kept: every decoder reads them alike. Call it after the picture has been decoded."""
-    image = opened.image
-    if turn != 1 or image.mode not in ("RGB", "L") or "transparency" in image.info:
+    if turn != 1 or opened.mode not in ("RGB", "L"):
         return False
     if opened.jpeg:
         return opened.jpeg.frame in jpeg.FRAMES
+    if "transparency" in opened.image.info:
+        return False
     return opened.png is not None and opened.png.bits <= 8 and not opened.png.animated
 
 
 def orientation(opened: Opened) -> int | None:
     """The EXIF orientation, 1 where there is none; None where the EXIF cannot be read. May decode a PNG."""
+    if opened.jpeg and not opened.jpeg.app1:
+        return 1
     try:
         return int(opened.image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # broken EXIF raises of every kind
@@ -118,7 +142,7 @@ def orientation(opened: Opened) -> int | None:
 
 def upright_size(opened: Opened) -> tuple[int, int]:
     """(width, height)"""
-    width, height = opened.image.size
+    width, height = opened.size
     return (height, width) if (orientation(opened) or 1) in (5, 6, 7, 8) else (width, height)
 
 
@@ -134,7 +158,7 @@ def jpeg_pixels(opened: Opened, width: int = 0, height: int = 0, *, colour: str)
     """
     if width and height:
         # libjpeg-turbo has 3/8, 5/8 and 7/8 too: they are no faster than the next half, and fine stripes alias.
-        across, down = opened.image.size
+        across, down = opened.size
         part = next(part for part in (8, 4, 2, 1) if part == 1 or (across >= part * width and down >= part * height))
         width, height = -(-across // part), -(-down // part)
     with decoding():
@@ -147,7 +171,7 @@ def jpeg_pixels(opened: Opened, width: int = 0, height: int = 0, *, colour: str)
 def decoded(opened: Opened, width: int = 0, height: int = 0) -> Image.Image:
     """All pixels as 8-bit RGB or L without alpha, not turned. A JPEG may be smaller, see jpeg_pixels."""
     if opened.fast:
-        if opened.image.mode == "L":
+        if opened.mode == "L":
             return Image.fromarray(jpeg_pixels(opened, width, height, colour="GRAY")[..., 0])
         return Image.fromarray(jpeg_pixels(opened, width, height, colour="RGB"))
     image = opened.image

@@ -37,12 +37,15 @@ class Drops:
 
 
 def find_duplicates(prints: Prints, evaluation: int, radius: int | None) -> Drops:
-    """The result depends on the rows alone, not on their order.
+    """The result depends on the rows alone, not on their order. Empties `prints`, column by column, to save memory.
 
     prints: those of evaluation sets are the first `evaluation`. radius: in bits; None: the same pixels only.
     """
+    nothing = np.empty(0)
     order = _by_preference(prints, evaluation)
+    prints.key_R = prints.captions_R = prints.pixels_R = nothing
     leader = _first_of_same_pixels(prints.sha_R2, order)
+    prints.sha_R2 = nothing
     target, bits = leader.copy(), np.zeros(len(order), dtype=np.uint8)
     if radius is not None:
         _near(prints, order, target, bits, evaluation, radius)

@@ -141,9 +141,9 @@ def _of_picture(encoded: bytes, caps: Caps) -> tuple[bytes, int, int, int, int]:
     return digest.digest(), found.bits, found.information, width, height
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prints:
-    """All fingerprints, R of them, in the order of the units."""
+    """All fingerprints, R of them, in the order of the units. Not frozen: a search lets go of what it has used."""
 
     sha_R2: Any
     """(R, 2) uint64: the first 128 bits."""

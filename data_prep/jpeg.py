@@ -18,7 +18,7 @@ FRAMES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive"}
 ARITHMETIC = {0xC9: "arithmetic", 0xCA: "arithmetic progressive"}
 """Many decoders lack these, so such pictures are converted."""
 
-_SOI, _EOI, _SOS, _DHT, _JPG, _DAC, _TEM = 0xD8, 0xD9, 0xDA, 0xC4, 0xC8, 0xCC, 0x01
+_SOI, _EOI, _SOS, _DHT, _JPG, _DAC, _APP1, _TEM = 0xD8, 0xD9, 0xDA, 0xC4, 0xC8, 0xCC, 0xE1, 0x01
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {_DHT, _JPG, _DAC}
 _RESTART = range(0xD0, 0xD8)
 # Entropy-coded bytes end at a marker; FF 00 is an escaped FF, FF D0 to D7 are restarts inside the scan.
@@ -36,6 +36,8 @@ class Layout:
     scans: int
     end: int
     """Bytes up to and with the end marker; what follows is not part of the picture."""
+    app1: bool
+    """Whether it has a segment that may hold EXIF or XMP."""
 
 
 @dataclass
@@ -44,6 +46,7 @@ class _Walk:
     width: int = 0
     height: int = 0
     scans: int = 0
+    app1: bool = False
 
     def __post_init__(self) -> None:
         self.sent: dict[int, int] = {}
@@ -61,12 +64,13 @@ def layout(encoded: bytes) -> Layout:
         marker, position = _marker(encoded, position)
         if marker == _EOI:
             _check_whole(walk)
-            return Layout(walk.frame, walk.width, walk.height, len(walk.sent), walk.scans, position)
+            return Layout(walk.frame, walk.width, walk.height, len(walk.sent), walk.scans, position, walk.app1)
         if marker == _TEM or marker in _RESTART:
             continue
         if marker == _SOI:
             raise ValueError("a second JPEG begins inside of the first")
         segment, position = _segment(encoded, position)
+        walk.app1 |= marker == _APP1
         if marker in _START_OF_FRAME:
             _read_frame(walk, marker, segment)
         elif marker == _SOS:

@@ -102,16 +102,12 @@ def checked(opened: Opened) -> Picture:
         with decoding():
             # An eighth of the size, grey: all entropy-coded data is read, little of it becomes pixels.
             simplejpeg.decode_jpeg(opened.encoded, "GRAY", min_height=1, min_width=1, strict=True)
-        image = opened.image
-    else:
-        image = decoded(opened)
+    image = None if opened.fast else decoded(opened)
     turn = orientation(opened)
     width, height = upright_size(opened)
     if is_plain(opened, turn):
         return picture_of(opened.encoded, (width, height), converted=False, original=(width, height))
-    if opened.fast:
-        image = decoded(opened)
-    content = png_bytes(turned(image, turn).convert("RGB"))
+    content = png_bytes(turned(image or decoded(opened), turn).convert("RGB"))
     return picture_of(content, (width, height), converted=True, original=(width, height))
 
 

@@ -68,7 +68,7 @@ def transformed(encoded: bytes, settings: Transform) -> Picture:
     """
     opened = open_picture(encoded, settings.caps)
     _check_shape(opened, settings)
-    width, height = opened.image.size
+    width, height = opened.size
     target = smaller_size(width, height, settings.size)
     if target is None and (settings.encode == "keep" or (settings.encode == "jpeg" and opened.jpeg)):
         picture = checked(opened)
@@ -104,7 +104,7 @@ def versions() -> dict[str, str]:
 
 
 def _check_shape(opened: Opened, settings: Transform) -> None:
-    shorter, longer = sorted(opened.image.size)
+    shorter, longer = sorted(opened.size)
     if shorter < settings.min_side:
         raise ValueError(f"has a shorter side of {shorter} pixels, less than {settings.min_side}")
     if settings.max_aspect and longer > settings.max_aspect * shorter:

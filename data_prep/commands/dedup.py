@@ -30,7 +30,7 @@ class Settings:
     source: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE [SOURCE ...]")]
     """The same texts as for `limoe prep pack`: keys in the list begin with the names of these sources."""
     out: Path
-    """Folder for the list and the fingerprints (about 130 bytes a picture)."""
+    """Folder for the list and the fingerprints (about 90 bytes a picture)."""
     against: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE [SOURCE ...]")] = ()
     """Evaluation sets: pictures in --source that one of them holds, exactly or nearly, are dropped; theirs stay."""
     radius: int = 4

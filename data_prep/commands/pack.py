@@ -55,7 +55,7 @@ class Settings:
     score: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LIMIT [LIMIT ...]")] = ()
     """Rows that miss a limit are rejected: 'similarity>=0.28' 'punsafe<=0.5' (quoted for the shell); so are rows that
     lack the column, unless a ? follows, 'punsafe<=0.5?'."""
-    drop: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
+    drop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
     """Lists of keys to leave out, as `limoe prep dedup` writes them."""
 
     image_column: str = ""
@@ -174,7 +174,7 @@ def _open(settings: Settings) -> Any:
     return open_sources(settings.source, columns, index=settings.out / INDEX)
 
 
-def _drop_list(files: tuple[Path, ...]) -> Any:
+def _drop_list(files: tuple[str, ...]) -> Any:
     from data_prep.drop_list import DropList
 
     return DropList.open(files) if files else None
