@@ -40,3 +40,10 @@ def ranks2(ranks_pool: Callable[[int], RanksPool]) -> RanksPool:
 @pytest.fixture(scope="session")
 def ranks4(ranks_pool: Callable[[int], RanksPool]) -> RanksPool:
     return ranks_pool(4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist a file stays on one worker, and so do all tests that share the pools of ranks."""
+    for item in items:
+        pooled = {"ranks_pool", "ranks2", "ranks4"} & {*getattr(item, "fixturenames", ())}
+        item.add_marker(pytest.mark.xdist_group("ranks" if pooled else str(item.path)))

@@ -29,6 +29,6 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    from data_prep import audit_tables
+    from data_prep.inspection import audit_tables
 
     return audit_tables.run(settings.run, listing=settings.list, result=settings.json)

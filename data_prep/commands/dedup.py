@@ -58,9 +58,9 @@ def run(settings: Settings) -> int:
     _check(settings)
     import os
 
-    from data_prep import dedup
     from data_prep.console import console, say
-    from data_prep.pictures import Caps
+    from data_prep.dedup import dedup
+    from data_prep.imaging.pictures import Caps
     from data_prep.sources.columns import Columns
     from data_prep.sources.opening import open_sources
 

@@ -76,9 +76,9 @@ class Settings(Network):
 
 
 def run(settings: Settings) -> int:
-    from data_prep import download_folder as folder
-    from data_prep.download_parts import MOST_ROWS_PER_PART, ListParts
-    from data_prep.download_run import fetch, of_options, told_settings
+    from data_prep.fetching import download_folder as folder
+    from data_prep.fetching.download_parts import MOST_ROWS_PER_PART, ListParts
+    from data_prep.fetching.download_run import fetch, of_options, told_settings
     from data_prep.sources.url_list import Columns, open_list
     from data_prep.units import find_meeting, find_unit
 

@@ -24,8 +24,8 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    from data_prep import demo
     from data_prep.console import console
+    from data_prep.demo_data import demo
 
     demo.fetch_demo(
         settings.out,

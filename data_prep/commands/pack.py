@@ -87,9 +87,9 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    from data_prep import pack as packing
     from data_prep import units
     from data_prep.console import console, say
+    from data_prep.packing import pack as packing
 
     _check(settings)
     pack_settings = _pack_settings(settings)
@@ -132,9 +132,9 @@ def _check(settings: Settings) -> None:
 
 
 def _pack_settings(settings: Settings) -> Any:
-    from data_prep.pack import PackSettings
-    from data_prep.pictures import Caps
-    from data_prep.transform import Transform
+    from data_prep.imaging.pictures import Caps
+    from data_prep.imaging.transform import Transform
+    from data_prep.packing.pack import PackSettings
 
     caps = Caps(max_bytes=int(settings.max_image_mb * 1e6), max_pixels=int(settings.max_megapixels * 1e6))
     return PackSettings(
@@ -155,13 +155,13 @@ def _pack_settings(settings: Settings) -> Any:
 
 
 def _filters(settings: Settings) -> Any:
-    from data_prep.filters import Filters, parse_limits
+    from data_prep.imaging.filters import Filters, parse_limits
 
     return Filters(settings.min_caption_chars, settings.max_caption_chars, parse_limits(settings.score))
 
 
 def _open(settings: Settings) -> Any:
-    from data_prep.pack_folder import INDEX
+    from data_prep.packing.pack_folder import INDEX
     from data_prep.sources.opening import Columns, open_sources
 
     columns = Columns(
@@ -175,6 +175,6 @@ def _open(settings: Settings) -> Any:
 
 
 def _drop_list(files: tuple[str, ...]) -> Any:
-    from data_prep.drop_list import DropList
+    from data_prep.dedup.drop_list import DropList
 
     return DropList.open(files) if files else None

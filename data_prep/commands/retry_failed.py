@@ -27,11 +27,11 @@ class Settings(Network):
 
 
 def run(settings: Settings) -> int:
-    from data_prep import download_folder as folder
-    from data_prep import ledger
-    from data_prep.download_parts import failed_parts
-    from data_prep.download_run import fetch, of_options
-    from data_prep.fetch_errors import CLASSES, RETRY_LATER
+    from data_prep.fetching import download_folder as folder
+    from data_prep.fetching import ledger
+    from data_prep.fetching.download_parts import failed_parts
+    from data_prep.fetching.download_run import fetch, of_options
+    from data_prep.fetching.fetch_errors import CLASSES, RETRY_LATER
     from data_prep.units import find_meeting, find_unit
 
     classes = {name.strip() for name in settings.classes.split(",") if name.strip()} or {*RETRY_LATER}

@@ -13,8 +13,8 @@ from limoe_dist.config.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from data_prep.packed_sets import PackedSet
-    from data_prep.token_lengths import TokenLengths
+    from data_prep.inspection.packed_sets import PackedSet
+    from data_prep.inspection.token_lengths import TokenLengths
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ def run(settings: Settings) -> int:
     import datetime
     import json
 
-    from data_prep import stats as statistics
     from data_prep.console import console, say
-    from data_prep.near_result import read_near
-    from data_prep.packed_sets import open_set
-    from data_prep.stats_page import page
+    from data_prep.inspection import stats as statistics
+    from data_prep.inspection.near_result import read_near
+    from data_prep.inspection.packed_sets import open_set
+    from data_prep.inspection.stats_page import page
     from data_prep.watched import watched
     from data_prep.writing import writing
     from limoe_dist.config.parse import write_atomically
@@ -89,8 +89,8 @@ def _check(settings: Settings) -> None:
 
 def _tokens(sets: list[PackedSet]) -> TokenLengths | None:
     """By the vocabulary of the first set that names one."""
-    from data_prep.model_file import vocabulary_of
-    from data_prep.token_lengths import TokenLengths
+    from data_prep.inspection.token_lengths import TokenLengths
+    from data_prep.vocabulary.model_file import vocabulary_of
     from limoe_dist.data import places
 
     for packed in sets:
@@ -107,8 +107,8 @@ def table(content: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from data_prep.findings import printable
-    from data_prep.stats_page import percent
+    from data_prep.inspection.findings import printable
+    from data_prep.inspection.stats_page import percent
 
     shown = Table(
         "", "5 %", "median", "95 %", "largest", title=f"{content['rows']['total']:,} rows", title_justify="left"

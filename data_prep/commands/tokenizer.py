@@ -12,8 +12,8 @@ import tyro
 from limoe_dist.config.errors import UserError
 
 if TYPE_CHECKING:
-    from data_prep.train_tokenizer import Trained
-    from data_prep.vocabulary import Options
+    from data_prep.vocabulary.train_tokenizer import Trained
+    from data_prep.vocabulary.vocabulary import Options
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    from data_prep import train_tokenizer as training
     from data_prep.console import say
+    from data_prep.vocabulary import train_tokenizer as training
     from data_prep.watched import watched
 
     data = _check(settings)
@@ -93,7 +93,7 @@ def run(settings: Settings) -> int:
 
 
 def _options(settings: Settings) -> Options:
-    from data_prep.vocabulary import Options
+    from data_prep.vocabulary.vocabulary import Options
 
     return Options(
         model=settings.model,

@@ -13,7 +13,7 @@ from limoe_dist.config.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from data_prep.findings import Findings
+    from data_prep.inspection.findings import Findings
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def run(settings: Settings) -> int:
     import json
     import time
 
-    from data_prep import verify as verifying
     from data_prep.console import console, say
+    from data_prep.inspection import verify as verifying
     from data_prep.watched import watched
     from data_prep.writing import writing
     from limoe_dist.config.parse import write_atomically

@@ -28,10 +28,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageEnhance
 
-from data_prep import drop_file, near, phash
-from data_prep.dedup import RADIUS
-from data_prep.duplicates import find_duplicates
-from data_prep.fingerprints import SCHEMA, Tally, read_prints, read_tally, write_unit
+from data_prep.dedup import drop_file, near
+from data_prep.dedup.dedup import RADIUS
+from data_prep.dedup.duplicates import find_duplicates
+from data_prep.dedup.fingerprints import SCHEMA, Tally, read_prints, read_tally, write_unit
+from data_prep.imaging import phash
 from limoe_dist.config.parse import write_atomically
 
 MODULE = "tests.benchmarks.dedup"

@@ -59,8 +59,8 @@ for file in sorted(Path(sys.argv[1]).glob("*.jpg")):
 TRANSFORM = """
 import sys
 from pathlib import Path
-from data_prep.pictures import Caps
-from data_prep.transform import Transform, transformed
+from data_prep.imaging.pictures import Caps
+from data_prep.imaging.transform import Transform, transformed
 settings = Transform(Caps(20_000_000, 32_000_000), size=256, encode="jpeg")
 for file in sorted(Path(sys.argv[1]).glob("*.jpg")):
     transformed(file.read_bytes(), settings)

@@ -5,7 +5,7 @@ python -m tests.benchmarks.resize --peer PEERS/bin/python --out docs/measured/re
 
 Made photographs of 512 to 800 pixels a side to a shorter side of 256, JPEG of quality 90, 4:2:0, on one core; every
 way in turn over all pictures, medians of the rounds. PSNR is against a full decode and a Lanczos filter in float64,
-before the encoder, but for data_prep.transform, whose line is the whole of it: limits, structure, encoder, sha256.
+before the encoder, but for imaging.transform, whose line is the whole of it: limits, structure, encoder, sha256.
 """
 
 from __future__ import annotations

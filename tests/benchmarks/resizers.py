@@ -28,8 +28,8 @@ import pyvips
 import simplejpeg
 from PIL import Image
 
-from data_prep.pictures import Caps
-from data_prep.transform import Transform, smaller_size, transformed
+from data_prep.imaging.pictures import Caps
+from data_prep.imaging.transform import Transform, smaller_size, transformed
 
 SIZE, QUALITY = 256, 90
 SIDES = (512, 800)
@@ -135,7 +135,7 @@ def _ours(encoded: bytes, _: Size) -> Any:
 
 
 WAYS = {
-    "data_prep.transform": Way(("simplejpeg", "pillow"), _ours, bytes, lambda content: simplejpeg.decode_jpeg(content)),
+    "imaging.transform": Way(("simplejpeg", "pillow"), _ours, bytes, lambda content: simplejpeg.decode_jpeg(content)),
     "simplejpeg + Pillow bicubic": Way(
         ("simplejpeg", "pillow"), _turbo_then_pillow(Image.Resampling.BICUBIC), _turbo_encode
     ),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.claims import at_work, claim, door
+from data_prep.packing.claims import at_work, claim, door
 from data_prep.units import WHOLE, Meeting, Ranks, Unit, find_meeting, find_unit
 from limoe_dist.config.errors import UserError
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from data_prep.findings import Findings, printable
+from data_prep.inspection.findings import Findings, printable
 from data_prep.watched import line, watched
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 import tyro
 
-from data_prep.cli import COMMANDS as PREPARATIONS
 from launch import evaluate, figures, quickstart, train
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import save_run
@@ -84,7 +84,8 @@ def test_the_commands_have_options_that_limoe_knows(ran: list[list[str]]) -> Non
     _finish_run()
     for name, *options in ran:
         if name == "prep":
-            tyro.cli(PREPARATIONS[options[0]].settings, args=options[1:])
+            command_module = importlib.import_module(f"data_prep.commands.{options[0].replace('-', '_')}")
+            tyro.cli(command_module.Settings, args=options[1:])
         elif name == "train":
             command, run = train._parse(options)
             assert (command.ranks, run.parallel.ep) == (2, 2)

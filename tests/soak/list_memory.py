@@ -21,17 +21,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import ledger
+from data_prep.fetching import ledger
 from tests.benchmarks.machine import origin
 
 MODULE = "tests.soak.list_memory"
 GROUP_ROWS = 100_000
 LIMIT_BYTES = 1_000_000_000
 CHILD = """
-import resource, sys
+import sys
+from pathlib import Path
 from data_prep.cli import main
 status = main(sys.argv[1:])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# ru_maxrss would begin at the peak of the process that started this one.
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print("peak", int(peak.split()[1]) * 1024)
 sys.exit(status)
 """
 

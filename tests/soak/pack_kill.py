@@ -17,10 +17,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_prep.pack import PackSettings, pack
-from data_prep.pictures import Caps
+from data_prep.imaging.pictures import Caps
+from data_prep.imaging.transform import Transform
+from data_prep.packing.pack import PackSettings, pack
 from data_prep.sources.opening import open_sources
-from data_prep.transform import Transform
 from limoe_dist.data.manifest import load_manifest, verify_shards
 from tests.benchmarks.machine import origin
 from tests.data_prep.pictures_of import encoded, folder_source, noisy

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep import shard_file
+from data_prep.packing import shard_file
 from limoe_dist.config.errors import UserError
 
 How = Literal["kill before", "kill within", "ENOSPC"]

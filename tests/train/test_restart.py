@@ -14,7 +14,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from data_prep.audit import audit
+from data_prep.inspection.audit import audit
 from limoe_dist.checkpoint import disk
 from limoe_dist.checkpoint.catalog import checkpoints, latest_checkpoint
 from limoe_dist.checkpoint.manifest import File, encode, read_manifest
