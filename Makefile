@@ -43,7 +43,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@printf '%s\n' '$(CURDIR)' > $(STAMP)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(TESTS)
 
 soak-kill: $(STAMP)
 	$(VENV)/bin/python -m tests.soak.kill --out docs/measured/soak_kill.json

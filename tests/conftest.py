@@ -20,6 +20,10 @@ settings.register_profile("steady", derandomize=True, deadline=None, database=No
 settings.load_profile("steady")
 
 
+POOLS = {"ranks_pool", "ranks2", "ranks4"}
+LONG_ROOMS = {"launch", "ranks", "checkpoint"}
+
+
 @pytest.fixture(scope="session")
 def ranks_pool() -> Iterator[Callable[[int], RanksPool]]:
     """ranks_pool(world): the session's one pool of that many ranks."""
@@ -43,7 +47,11 @@ def ranks4(ranks_pool: Callable[[int], RanksPool]) -> RanksPool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist a file stays on one worker, and so do all tests that share the pools of ranks."""
+    """Under pytest-xdist a file stays on one worker, and so do all tests that share the pools of ranks.
+
+    The rooms that take longest come first, so that no worker is left with one of them at the end.
+    """
+    pooled = {id(item) for item in items if POOLS & {*getattr(item, "fixturenames", ())}}
     for item in items:
-        pooled = {"ranks_pool", "ranks2", "ranks4"} & {*getattr(item, "fixturenames", ())}
-        item.add_marker(pytest.mark.xdist_group("ranks" if pooled else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("ranks" if id(item) in pooled else str(item.path)))
+    items.sort(key=lambda item: (id(item) not in pooled, not {*item.path.parts} & LONG_ROOMS))

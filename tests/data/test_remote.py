@@ -14,6 +14,7 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.data import remote
 from limoe_dist.data.fetchers import Wanted
 from limoe_dist.data.remote import CHANGED_TRIES, Patience, Stopped, UnreachableError, fetch
+from tests.support.s3 import s3_server
 from tests.support.store import Store, shard_bytes
 
 QUICK = Patience(retries=4, backoff_s=0.001, stall_s=0.4)
@@ -181,23 +182,11 @@ def test_stores_without_coroutines_are_read_too():
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """An S3 server on loopback with the bucket `set`; what s3fs needs is in the environment."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "something")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        client = boto3.client("s3")
+    """The bucket `set` on a real S3 server."""
+    with s3_server() as client:
         client.create_bucket(Bucket="set")
         client.put_object(Bucket="set", Key="a.arrow", Body=CONTENT)
         yield "s3://set"
-    server.stop()
 
 
 def test_a_shard_comes_from_s3_in_ranges(bucket, monkeypatch):

@@ -10,25 +10,15 @@ import pytest
 from data_prep.cli import main
 from data_prep.inspection.packed_sets import on_disk, open_set
 from limoe_dist.config.errors import UserError
+from tests.support.s3 import s3_server
 from tests.support.shards import write_shards
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """s3://data/good and s3://data/changed, of one set; in the second a byte of the last shard is another."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
     folder = write_shards(tmp_path_factory.mktemp("packed"), rows=12, shards=3).parent
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patched.setenv("AWS_ACCESS_KEY_ID", "test")
-        patched.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patched.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        client = boto3.client("s3")
+    with s3_server() as client:
         client.create_bucket(Bucket="data")
         for file in folder.iterdir():
             content = file.read_bytes()
@@ -38,7 +28,6 @@ def store(tmp_path_factory):
             client.put_object(Bucket="data", Key=f"changed/{file.name}", Body=content)
         client.put_object(Bucket="data", Key="changed/shard-00009.arrow", Body=b"left over")
         yield "s3://data"
-    server.stop()
 
 
 @pytest.fixture
