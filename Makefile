@@ -9,11 +9,12 @@ TESTS ?=
 # make quickstart FIGURES=figures.json: where the measured figures go
 FIGURES ?= quickstart/figures.json
 
-.PHONY: help setup test soak-kill quickstart clean FORCE
+.PHONY: help setup test soak soak-kill quickstart clean FORCE
 
 help:
 	@echo 'make quickstart   set up, fetch the demo data, train the preset tiny on 2 ranks, evaluate, write a report'
 	@echo 'make test         set up, run every test'
+	@echo 'make soak         faults, kills and memory of data at full size: 10 million rows, 5,000 addresses (an hour)'
 	@echo 'make soak-kill    kill a small run at 100 random moments and at every write point'
 	@echo 'make setup        only make .venv, with the packages of requirements.txt and the command .venv/bin/limoe'
 	@echo 'make clean        remove .venv and quickstart/'
@@ -47,6 +48,12 @@ test: $(STAMP)
 
 soak-kill: $(STAMP)
 	$(VENV)/bin/python -m tests.soak.kill --out docs/measured/soak_kill.json
+
+# The short ones first: a fault shows early.
+SOAKS := download_faults resume loader_memory pack_kill pack_memory list_memory
+soak: $(STAMP)
+	set -e; for name in $(SOAKS); do \
+		echo "== $$name"; $(VENV)/bin/python -m tests.soak.$$name --out docs/measured/$$name.json; done
 
 quickstart:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory setup && end=$$(date +%s) && \

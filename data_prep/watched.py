@@ -23,13 +23,20 @@ def watched(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bars:
-            task = bars.add_task(what, total=total or None)
-            yield lambda steps: bars.advance(task, steps)
-        return
     began = said = clock()
+    if console.is_terminal:
+        # Without markup: what is worked on may be named by strangers.
+        words, rate = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}")
+        columns = (words, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bars:
+            task = bars.add_task(what, total=total or None, rate="")
+
+            def move(steps: int) -> None:
+                bars.advance(task, steps)
+                bars.update(task, rate=f"{bars.tasks[task].completed / max(clock() - began, 1e-9):,.0f} {unit}/s")
+
+            yield move
+        return
     done = 0
 
     def advance(steps: int) -> None:

@@ -120,7 +120,7 @@ def analyze(options: Options, run: Run, data: str) -> Path:
 
     device, mesh = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Mesh.single()
     torch.set_num_threads(run.parallel.threads)
-    run, shards = as_in_training(run, capacity_factor=options.capacity_factor), ShardSet(data)
+    run, shards = as_in_training(run, capacity_factor=options.capacity_factor), ShardSet(data, data=run.data)
     rows = drawn_rows(len(shards), options.rows)
     modalities = modalities_of(shards, rows)
     checkpoint = open_checkpoint(Path(options.run), mesh, device, options.checkpoint)

@@ -12,7 +12,8 @@ from limoe_dist.analysis.pruned import Modality, refuse_other_modality
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import load_run
 from limoe_dist.config.schema import Run
-from limoe_dist.data.manifest import load_manifest
+from limoe_dist.data.manifest import load_manifest, manifest_place
+from limoe_dist.data.places import exists
 
 if TYPE_CHECKING:
     from limoe_dist.eval.classes import ClassNames
@@ -171,7 +172,7 @@ def _check_zeroshot(options: ZeroShotOptions, run: Run) -> tuple[list[ClassNames
     neighbours = options.neighbours or run.data.manifest
     if neighbours == "none":
         neighbours = ""
-    elif not (Path(neighbours) / "manifest.json" if Path(neighbours).is_dir() else Path(neighbours)).is_file():
+    elif not exists(manifest_place(neighbours)):
         raise UserError(
             f'the nearest neighbour in pixels needs the training pictures, and "{neighbours}" is not there: '
             "give --neighbours MANIFEST, or --neighbours none to leave it out"

@@ -152,7 +152,7 @@ def _loaded(options: Options, run: Run, data: str, mesh: Mesh, device: torch.dev
         tokenizer = None
         if not isinstance(options, FewShotOptions):
             tokenizer = open_run_tokenizer(run, checkpoint.checkpoint)
-        shards = ShardSet(data)
+        shards = ShardSet(data, data=run.data)
         verify_shards(shards.manifest, shards.folder, rank=mesh.rank, world=mesh.world.size)
     return Subject(run, checkpoint.state.step, model, tokenizer, shards, mesh, device, progress)
 
@@ -169,7 +169,7 @@ def _zeroshot(
     mesh, device, progress = of.mesh, of.device, of.progress
     classes = inputs.classes
     if classes is None and of.run.eval.classes == "trained":
-        classes = classes_of_run(of.run, ShardSet(*(entry.path for entry in entries_of(of.run.data))), of.shards)
+        classes = classes_of_run(of.run, ShardSet(*(entry.path for entry in entries_of(of.run.data)), data=of.run.data), of.shards)
     if prompts == "auto":
         prompts = "written" if inputs.classes is None else "canonical"
     found = zeroshot_of(of.embedder(), classes=classes, prompts=prompts)
@@ -178,7 +178,7 @@ def _zeroshot(
         # A run on a mixture was trained on all of it.
         mixed = of.run.data.mixture and inputs.neighbours == of.run.data.manifest
         searched = [entry.path for entry in entries_of(of.run.data)] if mixed else [inputs.neighbours]
-        training = ShardSet(*searched)
+        training = ShardSet(*searched, data=of.run.data)
         neighbour = pixel_nearest_neighbour(
             of.run, training, of.shards, mesh=mesh, device=device, classes=classes, progress=progress
         )
@@ -198,7 +198,7 @@ def _fewshot(of: Subject, inputs: Inputs, options: FewShotOptions) -> tuple[dict
     from limoe_dist.parallel.collectives import all_or_none
 
     with all_or_none(of.mesh.world, of.device):
-        training = ShardSet(inputs.learned)
+        training = ShardSet(inputs.learned, data=of.run.data)
         verify_shards(training.manifest, training.folder, rank=of.mesh.rank, world=of.mesh.world.size)
     shots = Shots(options.shots, options.seeds, options.l2, options.short_classes)
     found = fewshot(of.model, of.run, training, of.shards, shots, mesh=of.mesh, device=of.device, progress=of.progress)

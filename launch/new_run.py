@@ -27,7 +27,8 @@ def same_settings(run: Run, settings: dict[str, object], checkpoint: Path, run_d
     defaults = decisive(Run())
     for name, now in decisive(run).items():
         before = settings.get(name, defaults[name])
-        if before != now and name not in MAY_CHANGE:
+        # The order of the data and the batch are about training: weights mean the same.
+        if before != now and name not in MAY_CHANGE and not name.startswith("data."):
             raise UserError(
                 f"{name}={now!r} in {run_dir / 'run.json'}, but {before!r} in {checkpoint}: "
                 "that file was changed after the checkpoint was written; put it back"

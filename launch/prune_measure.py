@@ -172,7 +172,7 @@ def _classes(run: Run, shards: ShardSet) -> list[ClassNames] | None:
     if run.eval.classes != "trained" or not any(concepts_of(shards)):
         return None
     try:
-        return classes_of_run(run, ShardSet(*(entry.path for entry in entries_of(run.data))), shards)
+        return classes_of_run(run, ShardSet(*(entry.path for entry in entries_of(run.data)), data=run.data), shards)
     except UserError:
         return None
 

@@ -13,21 +13,23 @@ import signal
 import sys
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.parse import decisive
 from limoe_dist.config.schema import Run
-from limoe_dist.data.manifest import sha256_of
-from limoe_dist.data.places import is_remote, read_small
+from limoe_dist.data.manifest import manifest_place, sha256_of
+from limoe_dist.data.places import is_remote, local, read_small
 
 
 def agreement(run: Run, *, files: Mapping[str, str], options: Mapping[str, object]) -> dict[str, str]:
     """By name, the text of what must be the same on all ranks: settings, options, and the content of files.
 
-    files: paths by name; a folder stands for its manifest.json. The settings of `data` are paths and threads, which
-    may differ from host to host, and only rank 0 writes what `log` is about.
+    files: paths or URLs by name; a folder stands for its manifest.json. Of `data` only what decides the order of the
+    rows: paths and threads may differ from host to host, and only rank 0 writes what `log` is about.
     """
     content = run.model_dump(mode="json", exclude={"data", "log", "preset"})
     settings = {f"{section}.{name}": value for section, fields in content.items() for name, value in fields.items()}
+    settings |= {name: value for name, value in decisive(run).items() if name.startswith("data.")}
     words = {name: json.dumps(value) for name, value in {"preset": run.preset, **settings, **options}.items()}
     return words | {f"sha256 of {name}": _checksum(path) for name, path in files.items()}
 
@@ -36,9 +38,19 @@ def _checksum(path: str) -> str:
     if not path:
         return "none given"
     if is_remote(path):
-        return hashlib.sha256(read_small(path)).hexdigest()
-    file = Path(path) / "manifest.json" if Path(path).is_dir() else Path(path)
+        return _remote_checksum(path)
+    file = local(manifest_place(path))
     return sha256_of(file) if file.is_file() else "not there"
+
+
+def _remote_checksum(url: str) -> str:
+    """A URL does not tell whether it is a folder, whose manifest.json counts, or a file such as a vocabulary."""
+    for place in dict.fromkeys((manifest_place(url), url)):
+        try:
+            return hashlib.sha256(read_small(place)).hexdigest()
+        except UserError:
+            continue
+    return "not there"
 
 
 def run_local(command: list[str], *, ranks: int, threads: int, grace_s: float) -> int:

@@ -18,10 +18,11 @@ def open_run_tokenizer(run: Run, checkpoint: Path) -> Tokenizer:
     """The vocabulary that the checkpoint was trained with. Raises UserError for another one."""
     from limoe_dist.checkpoint.state import read_state
     from limoe_dist.data.manifest import sha256_of
-    from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
+    from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer, vocabulary_file
 
     if run.data.tokenizer:
-        tokenizer = Tokenizer(run.data.tokenizer, length=run.text.length, vocab_limit=run.text.vocab_size)
+        file = vocabulary_file(run.data.tokenizer, run.data)
+        tokenizer = Tokenizer(file, length=run.text.length, vocab_limit=run.text.vocab_size)
     else:
         place = manifest_place(run.data.manifest)
         if not exists(place):

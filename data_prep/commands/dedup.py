@@ -83,6 +83,9 @@ def run(settings: Settings) -> int:
 
 
 def _check(settings: Settings) -> None:
+    from data_prep.writing import refuse_url
+
+    refuse_url(settings.out)
     if not settings.source:
         raise UserError("--source: name at least one folder, file or URL with pictures")
     if not 0 <= settings.radius <= 12:
@@ -90,7 +93,7 @@ def _check(settings: Settings) -> None:
             f"--radius={settings.radius}: must be 0 to 12 bits of 64: above, different pictures are alike by chance"
         )
     for name, value in (("max-image-mb", settings.max_image_mb), ("max-megapixels", settings.max_megapixels)):
-        if not value > 0:
-            raise UserError(f"--{name}={value:g}: must be above 0")
+        if not 0 < value < 1e9:
+            raise UserError(f"--{name}={value:g}: must be above 0, and below 1e9")
     if settings.workers < 0:
         raise UserError(f"--workers={settings.workers}: must be 0 (one for each core) or more")

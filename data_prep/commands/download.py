@@ -94,7 +94,4 @@ def run(settings: Settings) -> int:
     listed = open_list(settings.list, columns)
     folder.begin(settings.out, folder.Origin.of(listed, settings.rows_per_part), told_settings(settings))
     parts = ListParts(listed, settings.out, settings.rows_per_part, unit)
-    ended = fetch(settings.out, iter(parts), how, unit=unit, rows_left=parts.rows_left(), rows=lambda: parts.rows)
-    if ended.status == 0 and ended.totals.rows and not ended.totals.rows["ok"]:
-        return 1
-    return ended.status
+    return fetch(settings.out, iter(parts), how, unit=unit, rows_left=parts.rows_left(), rows=lambda: parts.rows)

@@ -40,7 +40,8 @@ class Settings:
     size: int = 0
     """Shorter side of the stored pictures, in pixels; smaller ones are not enlarged. 0: keep their size."""
     encode: Literal["keep", "jpeg", "webp"] = "keep"
-    """keep: bytes stay as they are where they may, what is made smaller keeps its kind. jpeg, webp: all are of it."""
+    """keep: bytes stay as they are where they may; a JPEG made smaller is a JPEG, all else written anew a PNG. jpeg,
+    webp: all are of it."""
     quality: int = 90
     """Of JPEG and WebP, 1 to 100."""
 
@@ -102,7 +103,8 @@ def run(settings: Settings) -> int:
         lambda: _open(settings),
         settings.out,
         pack_settings,
-        drop=_drop_list(settings.drop),
+        # One rank that cannot read the list must not leave the others waiting for it.
+        drop=meeting.all_or_none(lambda: _drop_list(settings.drop)),
         unit=unit,
         meeting=meeting,
         workers=workers,
@@ -115,6 +117,9 @@ def run(settings: Settings) -> int:
 
 
 def _check(settings: Settings) -> None:
+    from data_prep.writing import refuse_url
+
+    refuse_url(settings.out)
     if not settings.source:
         raise UserError("--source: name at least one folder, file or URL of pictures and captions")
     for name, value in (
@@ -123,8 +128,8 @@ def _check(settings: Settings) -> None:
         ("max-megapixels", settings.max_megapixels),
         ("group-rows", settings.group_rows),
     ):
-        if not 0 < value < float("inf"):
-            raise UserError(f"--{name}={value:g}: must be above 0")
+        if not 0 < value < 1e9:
+            raise UserError(f"--{name}={value:g}: must be above 0, and below 1e9")
     if settings.workers < 0:
         raise UserError(f"--workers={settings.workers}: must be a number of processes, or 0 for one for each core")
     if not 0 <= settings.seed < 1 << 64:

@@ -45,4 +45,4 @@ def run(settings: Settings) -> int:
     before = ledger.totals(settings.folder).rows
     left = sum(before[name] for name in classes) if unit.count == 1 else None
     parts = failed_parts(settings.folder, classes, unit)
-    return fetch(settings.folder, parts, how, unit=unit, rows_left=left, rows=lambda: None).status
+    return fetch(settings.folder, parts, how, unit=unit, rows_left=left, rows=lambda: None)

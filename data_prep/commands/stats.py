@@ -77,6 +77,9 @@ def run(settings: Settings) -> int:
 
 
 def _check(settings: Settings) -> None:
+    from data_prep.writing import refuse_url
+
+    refuse_url(settings.out)
     if not settings.shards:
         raise UserError("SHARDS: name at least one manifest.json, or a folder that holds one")
     if not 0 <= settings.sample <= 2000:

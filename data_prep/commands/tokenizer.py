@@ -110,8 +110,10 @@ def _options(settings: Settings) -> Options:
 
 def _check(settings: Settings) -> list[Path]:
     """The manifests, as local paths."""
+    from data_prep.writing import refuse_url
     from limoe_dist.data import places
 
+    refuse_url(settings.out)
     for place in settings.data:
         if places.is_remote(place):
             raise UserError(

@@ -49,6 +49,7 @@ def run(settings: Settings) -> int:
 
     from data_prep.console import console, say
     from data_prep.inspection import verify as verifying
+    from data_prep.inspection.findings import printable
     from data_prep.watched import watched
     from data_prep.writing import writing
     from limoe_dist.config.parse import write_atomically
@@ -57,7 +58,8 @@ def run(settings: Settings) -> int:
     began, sets = time.monotonic(), [verifying.open_set(place) for place in settings.shards]
     done = []
     for packed in sets:
-        with watched(f"verifying {packed.manifest.name or packed.place}", packed.manifest.rows, unit="rows") as advance:
+        what = f"verifying {printable(packed.manifest.name or packed.place)}"
+        with watched(what, packed.manifest.rows, unit="rows") as advance:
             sample = None if settings.all else settings.sample
             done.append(
                 verifying.verify(packed, sample=sample, seed=settings.seed, workers=settings.workers, advance=advance)
@@ -95,6 +97,9 @@ def table(findings: Findings) -> Table:
 
 
 def _check(settings: Settings) -> None:
+    from data_prep.writing import refuse_url
+
+    refuse_url(settings.json, "--json")
     if not settings.shards:
         raise UserError("SHARDS: name at least one manifest.json, or a folder that holds one")
     for name, value in (("sample", settings.sample), ("workers", settings.workers)):

@@ -7,6 +7,7 @@ million keys have the same is less likely than one in 10^24.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ def _read(place: str) -> Iterator[tuple[list[str], list[str]]]:
         if place.partition("?")[0].endswith(".parquet"):
             yield from _read_parquet(place, file)
         else:
-            yield from _read_lines(place, file)
+            # Files of a store know no limit for a line.
+            yield from _read_lines(place, io.BufferedReader(file))  # type: ignore[type-var]
 
 
 def _read_parquet(place: str, file: IO[bytes]) -> Iterator[tuple[list[str], list[str]]]:
@@ -137,7 +139,8 @@ def _read_lines(place: str, file: IO[bytes]) -> Iterator[tuple[list[str], list[s
         try:
             if len(line) > LONGEST_LINE:
                 raise ValueError(f"is longer than {LONGEST_LINE} bytes")
-            key = line.decode("utf-8").rstrip("\r\n")
+            # Some editors begin a text with a mark that is no part of the first key.
+            key = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except ValueError as error:
             raise UserError(
                 f"{place}: line {number} {error}: a drop list is a *.parquet or has one key a line"

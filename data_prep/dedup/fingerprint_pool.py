@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
@@ -15,6 +11,7 @@ from data_prep.dedup.fingerprints import Unit, write_fingerprints
 from data_prep.imaging.pictures import Caps, limit_pillow
 from data_prep.sources.source import Source
 from data_prep.watched import watched
+from data_prep.worker_pool import worker_pool
 from limoe_dist.config.errors import UserError
 
 
@@ -40,30 +37,21 @@ def make_fingerprints(sources: Sequence[Source], units: Sequence[Unit], caps: Ca
 def _in_a_pool(
     sources: Sequence[Source], units: Sequence[Unit], caps: Caps, workers: int, advance: Callable[[int], None]
 ) -> None:
-    # A fresh interpreter for each: a fork would copy locks that threads of Arrow or of the display hold.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (sources, caps))
     try:
-        todo = iter(units)
-        waiting = {pool.submit(_do, unit) for unit in islice(todo, 2 * workers)}
-        while waiting:
-            ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in ended:
-                advance(future.result())
-                if (unit := next(todo, None)) is not None:
-                    waiting.add(pool.submit(_do, unit))
+        with worker_pool(workers, _start_worker, sources, caps) as pool:
+            todo = iter(units)
+            waiting = {pool.submit(_do, unit) for unit in islice(todo, 2 * workers)}
+            while waiting:
+                ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    advance(future.result())
+                    if (unit := next(todo, None)) is not None:
+                        waiting.add(pool.submit(_do, unit))
     except BrokenProcessPool:
         raise UserError(
             f"--workers={workers}: a worker was killed, perhaps because memory ran out: what is done is kept; the same "
             "command goes on, with fewer --workers it needs less memory"
         ) from None
-    finally:
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
 
 
 _work: tuple[Sequence[Source], Caps] | None = None
@@ -73,17 +61,6 @@ def _start_worker(sources: Sequence[Source], caps: Caps) -> None:
     global _work
     _work = sources, caps
     limit_pillow(caps)
-    # Ctrl-C reaches all processes of a terminal: the parent ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed can end nobody: without this its workers would wait for it for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _do(unit: Unit) -> int:

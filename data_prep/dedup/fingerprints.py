@@ -21,6 +21,7 @@ import xxhash
 
 from data_prep.imaging import phash
 from data_prep.imaging.pictures import Caps, rgb_pixels
+from data_prep.imaging.transform import versions
 from data_prep.sources.opening import full_key
 from data_prep.sources.source import Block, Source
 from limoe_dist.config.errors import UserError
@@ -67,8 +68,8 @@ class Tally:
 
 
 def folder_of(source: Source, caps: Caps) -> str:
-    """Name of the folder for a source's fingerprints; changes where they would."""
-    told = json.dumps([FORMAT_VERSION, UNIT_ROWS, source.name, source.fingerprint(), asdict(caps)])
+    """Name of the folder for a source's fingerprints; changes where they would: other decoders give other pixels."""
+    told = json.dumps([FORMAT_VERSION, UNIT_ROWS, versions(), source.name, source.fingerprint(), asdict(caps)])
     return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

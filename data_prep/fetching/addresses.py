@@ -27,6 +27,12 @@ Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
 SHARED = IPv4Network("100.64.0.0/10")
 """Carriers' own (CGNAT): not private by Python's book, and not public either."""
 THIS_NETWORK = IPv4Network("0.0.0.0/8")
+SPECIAL = (IPv4Network("192.0.0.0/24"), IPv4Network("192.88.99.0/24"), IPv6Network("3fff::/20"))
+"""Of protocols, of 6to4's relays, for documentation: later than the books of some versions of Python."""
+METADATA = frozenset(
+    ip_address(text) for text in ("168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
+)
+"""Where Azure, Alibaba, Oracle, Amazon and Google answer a machine's questions, beside 169.254.169.254."""
 NAT64 = IPv6Network("64:ff9b::/96")
 """How networks of IPv6 alone reach hosts of IPv4: the address in its last 32 bits must be public."""
 DISGUISES = tuple(
@@ -34,8 +40,14 @@ DISGUISES = tuple(
     for text in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
 )
 """Compatible, mapped, translated, local NAT64, 6to4 and Teredo: no public host has such an address alone."""
-LOOKUP_THREADS = 64
+A_CLOUDS_OWN, DISGUISED = "a cloud's own", "an IPv4 address in disguise"
+LOOKUP_THREADS = 256
+"""As many as there are connections, usually: names whose servers are silent hold a thread for seconds."""
+PASSING = (socket.EAI_AGAIN, socket.EAI_MEMORY, socket.EAI_SYSTEM)
+"""Of a look-up: nobody answered. Not kept, for the row's second try would be told the same."""
 LARGEST_CACHE = 100_000
+KEEP_ALIVE_S = 2.0
+"""For a host's next row. Most hosts of a list come once: aiohttp's 15 s would keep thousands of sockets open."""
 
 
 class AddressRefused(OSError):
@@ -72,8 +84,8 @@ class AddressPolicy:
         return None
 
     def _named(self, address: Address, port: int, why: str) -> bool:
-        # Where clouds keep a machine's credentials: no network that somebody names too widely opens it.
-        if why in ("link-local", "multicast", "unspecified"):
+        # Where clouds keep a machine's credentials: no network that somebody names too widely opens it, in no disguise.
+        if why in ("link-local", "multicast", "unspecified", A_CLOUDS_OWN, DISGUISED):
             return False
         return any(address in one.network and one.port in (None, port) for one in self.also)
 
@@ -98,18 +110,20 @@ def _allowed(text: str) -> Allowed:
 
 
 def _not_public(address: Address) -> str | None:
+    if address in METADATA:
+        return A_CLOUDS_OWN
     if address.is_unspecified or address in THIS_NETWORK:
         return "unspecified"
     for name in ("loopback", "link_local", "multicast"):
         if getattr(address, f"is_{name}"):
             return name.replace("_", "-")
     if isinstance(address, IPv6Address) and any(address in network for network in DISGUISES):
-        return "an IPv4 address in disguise"
+        return DISGUISED
     if address in SHARED:
         return "a carrier's own"
     if address.is_private or (isinstance(address, IPv6Address) and address.is_site_local):
         return "private"
-    if address.is_reserved or not address.is_global:
+    if any(address in network for network in SPECIAL) or address.is_reserved or not address.is_global:
         # Python counts the whole of ::/8 as reserved, and NAT64's prefix lies in it.
         return None if address in NAT64 else "reserved"
     return None
@@ -167,14 +181,16 @@ class CheckedResolver(AbstractResolver):
 
     async def _ask(self, host: str, port: int) -> _Known:
         addresses: Sequence[str] = ()
-        error = ""
+        error, keep_s = "", self._keep_s
         try:
             addresses = await self._lookup(host, port)
-        except (OSError, UnicodeError) as failure:
+        except (OSError, ValueError) as failure:
             error = str(failure) or "not known"
+            if isinstance(failure, socket.gaierror) and failure.errno in PASSING:
+                keep_s = 0.0
         if not addresses and not error:
             error = "has no address"
-        known = _Known(asyncio.get_running_loop().time() + self._keep_s, addresses, error)
+        known = _Known(asyncio.get_running_loop().time() + keep_s, addresses, error)
         if len(self._known) >= LARGEST_CACHE:
             self._known.clear()
         self._known[host] = known
@@ -191,23 +207,27 @@ class _LookupThreads:
 
     def __init__(self) -> None:
         self._questions: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
-        self._started = 0
+        self._started = self._unanswered = 0
 
     async def lookup(self, host: str, port: int) -> Sequence[str]:
         loop = asyncio.get_running_loop()
         question = _Question(host, port, loop, loop.create_future())
-        if self._started < LOOKUP_THREADS:
+        self._unanswered += 1
+        if self._started < min(self._unanswered, LOOKUP_THREADS):
             self._started += 1
             threading.Thread(target=self._work, name="dns", daemon=True).start()
         self._questions.put(question)
-        return await question.answer
+        try:
+            return await question.answer
+        finally:
+            self._unanswered -= 1
 
     def _work(self) -> None:
         while (question := self._questions.get()) is not None:
             try:
                 found = socket.getaddrinfo(question.host, question.port, type=socket.SOCK_STREAM)
                 answer: Sequence[str] | Exception = tuple(dict.fromkeys(str(one[4][0]) for one in found))
-            except (OSError, UnicodeError) as error:
+            except (OSError, ValueError) as error:
                 answer = error
             with suppress(RuntimeError):  # the loop has ended meanwhile
                 question.loop.call_soon_threadsafe(question.settle, answer)
@@ -250,4 +270,5 @@ def checked_connector(
         use_dns_cache=False,
         ssl=verify_tls,
         socket_factory=checked_socket,
+        keepalive_timeout=KEEP_ALIVE_S,
     )

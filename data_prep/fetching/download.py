@@ -22,7 +22,7 @@ from data_prep.fetching.fetch_errors import CLASSES, Failed
 from data_prep.fetching.hosts import Hosts, Job
 from data_prep.fetching.landing import Arrival, Landing, Written
 from data_prep.fetching.part_file import PartFile
-from data_prep.fetching.web_address import literal_refusal, parse_url
+from data_prep.fetching.web_address import host_of, literal_refusal, parse_url
 from data_prep.sources.url_list import Row
 
 OPEN_PARTS = 4
@@ -118,12 +118,12 @@ class Download:
     # The list
 
     async def _feed(self, reader: ThreadPoolExecutor) -> None:
-        """Opens part after part while there is little to ask for and few are open."""
+        """Opens part after part while there is little to ask for, or nothing that may be, and few are open."""
         ahead = self._loop.run_in_executor(reader, self._open_next)
         while (opened := await _finished(ahead)) is not None:
             ahead = self._loop.run_in_executor(reader, self._open_next)
             try:
-                while self._open_parts >= OPEN_PARTS or (self._open_parts and self._hosts.waiting >= self._low_water):
+                while self._open_parts >= OPEN_PARTS or (self._open_parts and self._busy):
                     await asyncio.sleep(TICK_S)
             except asyncio.CancelledError:
                 opened.file.close()
@@ -135,8 +135,9 @@ class Download:
             self._over.set()
 
     @property
-    def _low_water(self) -> int:
-        return 4 * self._settings.connections
+    def _busy(self) -> bool:
+        """Whether there is enough to ask for. Rows of a host that has its share wait, and are no work for others."""
+        return not self._idle and self._hosts.waiting >= 4 * self._settings.connections
 
     def _take_up(self, opened: Opened) -> None:
         self._open_parts += 1
@@ -174,7 +175,7 @@ class Download:
                 raise Failed("private_address", why)
         except Failed as failed:
             return Arrival(stem, row, key, failed.kind, str(failed), 0, "", 0, 0.0, b"", 0)
-        return Job(row, key, url.with_fragment(None), url.host or "", stem)
+        return Job(row, key, url.with_fragment(None), host_of(url), stem)
 
     # The network
 

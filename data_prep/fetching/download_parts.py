@@ -29,7 +29,8 @@ class ListParts:
 
     def __init__(self, listed: UrlList, out: Path, rows_per_part: int, unit: Unit) -> None:
         self._listed, self._rows_per_part, self._unit = listed, rows_per_part, unit
-        self._whole = {*ledger.whole_parts(out)}
+        # Lines beside the table: killed between the two; the part is opened once more, which removes them.
+        self._whole = {part for part in ledger.whole_parts(out) if not (out / f"{part}.jsonl").exists()}
         self.rows = listed.rows()
 
     def __iter__(self) -> Iterator[Part]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,6 @@ from data_prep.fetching.fetch import Limits
 from data_prep.fetching.ledger import FETCHED, Totals
 from data_prep.units import Unit
 from limoe_dist.config.errors import UserError
-
-
-@dataclass(frozen=True)
-class Ended:
-    status: int
-    totals: Totals
-    """Of the whole folder."""
 
 
 def of_options(options: Network) -> Settings:
@@ -91,12 +85,13 @@ def fetch(
     unit: Unit,
     rows_left: int | None,
     rows: Callable[[], int | None],
-) -> Ended:
-    """Runs until all parts are whole or a signal comes, tells about it, and writes download.json.
+) -> int:
+    """Runs until all parts are whole or a signal comes, tells about it, and writes download.json. Returns the status.
 
     rows: the length of the whole list, asked for at the end. Raises UserError where the list, the folder or another
     process forbids to go on; what has come by then is in the ledger, and told.
     """
+    _allow_files(settings.connections)
     download = Download(out, parts, settings)
     problem: UserError | None = None
     try:
@@ -120,7 +115,33 @@ def fetch(
     _summary(out, download, totals, unit)
     if problem is not None:
         raise problem
-    return Ended(128 + download.stopped_by if download.stopped_by else 0, totals)
+    if download.stopped_by:
+        return 128 + download.stopped_by
+    return 1 if totals.all and not totals.rows[FETCHED] else 0
+
+
+def _allow_files(connections: int) -> None:
+    """Raises the limit of open files, which many systems begin at 1,024; beyond it connections would fail row by row.
+
+    Raises UserError where the system does not allow enough.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed, wanted = connections + FILES_BESIDE, SOCKETS_PER_CONNECTION * connections + FILES_BESIDE
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if allowed < needed:
+        raise UserError(
+            f"--connections={connections}: needs {needed} open files, and this system allows {hard} (ulimit -Hn): "
+            "give fewer connections, or raise the limit"
+        )
+    with suppress(ValueError, OSError):  # a limit of the kernel's own, as macOS has
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+
+
+SOCKETS_PER_CONNECTION = 16
+"""Those in use and those that are kept for a host's next row."""
+FILES_BESIDE = 200
 
 
 async def _watched(download: Download, rows_left: int | None) -> None:

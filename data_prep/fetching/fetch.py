@@ -21,7 +21,7 @@ from data_prep.fetching.addresses import AddressPolicy, AddressRefused, CheckedR
 from data_prep.fetching.budget import Budget
 from data_prep.fetching.fetch_errors import Failed
 from data_prep.fetching.robots_tag import opt_out
-from data_prep.fetching.web_address import is_literal, joined, url_problem
+from data_prep.fetching.web_address import joined, literal_refusal, url_problem
 
 GUESS_BYTES = 256 << 10
 """Set aside for an answer before its length is known."""
@@ -114,6 +114,9 @@ class Fetcher:
                 await self._follow(url, answer)
             whole = True
         except Crowded:
+            if reserve:
+                # It has grown since it was last asked for: the whole cap is set aside, so that there is no third time.
+                raise Crowded(self.limits.max_bytes) from None
             raise
         except Exception as error:
             answer.error, answer.message = _classed(error, self.limits)
@@ -149,8 +152,7 @@ class Fetcher:
         """What can be seen of an address without a look-up; names are checked as they are looked up."""
         if problem := url_problem(url):
             raise Failed("bad_url", problem)
-        host = url.host or ""
-        if is_literal(host) and (why := self.policy.refusal(host, url.port or 0)):
+        if why := literal_refusal(url, self.policy):
             raise Failed("private_address", why)
 
     async def _taken(self, response: aiohttp.ClientResponse, answer: Answer) -> str | None:
@@ -178,36 +180,30 @@ class Fetcher:
 
     async def _read(self, response: aiohttp.ClientResponse, answer: Answer) -> None:
         largest, length = self.limits.max_bytes, response.content_length
-        if length is not None:
-            if length > largest:
-                raise _closed(response, "too_large", f"Content-Length: {length}")
-            self._extend(response, answer, length)
-        # One piece is the usual case: it is kept as it came.
-        first = await response.content.readany()
-        answer.body = first
-        size = len(first)
+        if length is not None and length > largest:
+            raise _closed(response, "too_large", f"Content-Length: {length}")
+        whole, size = largest if length is None else length, 0
         while chunk := await response.content.readany():
-            if isinstance(answer.body, bytes):
-                answer.body = bytearray(answer.body)
             size += len(chunk)
             if size > largest:
                 raise _closed(response, "too_large", f"more than {largest} bytes")
+            # As it comes, not as it is promised: a promise and silence would take the memory from all others.
             if size > answer.held:
-                self._extend(response, answer, min(largest, max(size, 2 * answer.held)))
+                self._extend(response, answer, min(whole, max(size, 2 * answer.held)), whole)
+            if not answer.body:
+                # One piece is the usual case: it is kept as it came.
+                answer.body = chunk
+                continue
+            if isinstance(answer.body, bytes):
+                answer.body = bytearray(answer.body)
             answer.body += chunk
-        if size > largest:
-            raise _closed(response, "too_large", f"more than {largest} bytes")
         if size == 0:
             raise Failed("empty", "no bytes")
 
-    def _extend(self, response: aiohttp.ClientResponse, answer: Answer, needs: int) -> None:
-        more = needs - answer.held
-        if more <= 0:
-            return
-        if not self.budget.try_take(more):
+    def _extend(self, response: aiohttp.ClientResponse, answer: Answer, needs: int, whole: int) -> None:
+        if not self.budget.try_take(needs - answer.held):
             response.close()
-            # Without a length the whole cap is set aside the next time, so that there is no third.
-            raise Crowded(needs if response.content_length is not None else self.limits.max_bytes)
+            raise Crowded(whole)
         answer.held = needs
 
 
@@ -219,7 +215,7 @@ def _closed(response: aiohttp.ClientResponse, kind: str, text: str) -> Failed:
 
 def retry_after(text: str, now: float) -> float:
     """Seconds from a Retry-After of seconds or of a date; 0 where it says nothing that can be read."""
-    if text.strip().isdigit():
+    if text.isascii() and text.isdigit():
         return float(text[:9])
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now)

@@ -12,6 +12,8 @@ JPEG_NO_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_SHORT, TIFF_LONG = 256, 257, 3, 4
 LARGEST_TIFF_ENTRIES = 4_096
+MOST_JPEG_MARKERS = 10_000
+"""Before the frame header: ten million of them would keep the thread that lands everything busy for seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ _BMP_HEADERS = tuple(struct.pack("<I", size) for size in (12, 40, 52, 56, 64, 10
 
 def _jpeg(data: bytes) -> tuple[int, int]:
     at = 2
-    while True:
+    for _ in range(MOST_JPEG_MARKERS):
         if data[at] != 0xFF:
             raise ValueError("the header of the jpg is broken")
         marker = data[at + 1]
@@ -78,6 +80,7 @@ def _jpeg(data: bytes) -> tuple[int, int]:
             if length < 2:
                 raise ValueError("the header of the jpg is broken")
             at += 2 + length
+    raise ValueError(f"the header of the jpg has more than {MOST_JPEG_MARKERS} markers")
 
 
 def _png(data: bytes) -> tuple[int, int]:

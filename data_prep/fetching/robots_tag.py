@@ -20,7 +20,8 @@ def opt_out(values: Iterable[str], agent: str) -> str | None:
         for part in value.lower().split(","):
             head, colon, rest = part.partition(":")
             directive = head.strip()
-            if colon and directive not in WITH_VALUE:
+            # With a blank it is no agent, but the rest of a date: "unavailable_after: Fri, 25 Jun 2010 15:00:00 GMT".
+            if colon and directive not in WITH_VALUE and " " not in directive:
                 ours = directive in ("*", agent.lower())
                 directive = rest.strip()
             if ours and directive in OPT_OUTS:

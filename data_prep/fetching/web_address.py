@@ -6,14 +6,13 @@ from yarl import URL
 
 from data_prep.fetching.addresses import AddressPolicy
 from data_prep.fetching.fetch_errors import Failed
-
-LONGEST_URL = 4_096
+from data_prep.sources.url_columns import LONGEST_URL
 
 
 def parse_url(text: str) -> URL:
     """Raises Failed bad_url, as for what is no address of http."""
     if len(text) > LONGEST_URL:
-        raise Failed("bad_url", f"has {len(text)} characters")
+        raise Failed("bad_url", f"has more than {LONGEST_URL:,} characters")
     try:
         url = URL(text)
     except (ValueError, TypeError) as error:
@@ -26,7 +25,7 @@ def parse_url(text: str) -> URL:
 def url_problem(url: URL) -> str | None:
     if url.scheme not in ("http", "https"):
         return f"scheme {url.scheme[:20]!r} is neither http nor https"
-    if not url.host:
+    if not host_of(url):
         return "has no host"
     if url.user is not None or url.password is not None:
         return "holds a user name or password"
@@ -39,8 +38,13 @@ def url_problem(url: URL) -> str | None:
 
 def literal_refusal(url: URL, policy: AddressPolicy) -> str | None:
     """Why an address written in digits is refused, before anything is asked; None for names."""
-    host = url.host or ""
+    host = host_of(url)
     return policy.refusal(host, url.port or 0) if is_literal(host) else None
+
+
+def host_of(url: URL) -> str:
+    """As it is asked for. yarl's `host` would decode xn-- labels, and raises for those that are none."""
+    return url.raw_host or ""
 
 
 def is_literal(host: str) -> bool:

@@ -36,7 +36,7 @@ TURNS = {
 """What makes a picture of an EXIF orientation upright."""
 _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 """By components; those of three are YCbCr or RGB, which libjpeg-turbo tells apart."""
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+_TILE_WIDTH, _TILE_HEIGHT, _PLANAR = 322, 323, 284
 _MARGIN = 1024  # a tile may be larger than a small picture
 
 
@@ -211,7 +211,10 @@ def _check_pixels(width: int, height: int, caps: Caps) -> None:
 
 
 def _check_tiff(image: Any, caps: Caps) -> None:
-    """Raises ValueError for a TIFF whose tiles are larger than the cap, or whose decoder would not report damage."""
+    """Raises ValueError for a TIFF whose tiles are larger than the cap, or whose decoder would not report damage.
+
+    Of pixels that are not compressed Pillow reads the strips or tiles that are listed, and leaves all else black.
+    """
     tags = image.tag_v2
     try:
         tile = int(tags.get(_TILE_WIDTH, 1)) * int(tags.get(_TILE_HEIGHT, 1))
@@ -221,6 +224,11 @@ def _check_tiff(image: Any, caps: Caps) -> None:
         raise ValueError(f"has tiles of {tile} pixels, more than {caps.max_pixels}")
     if "jpeg" in str(image.info.get("compression", "")):
         raise ValueError("is a JPEG inside of a TIFF, whose damage goes unreported")
+    by_libtiff = any(tile.codec_name == "libtiff" for tile in image.tile)
+    planes = len(image.getbands()) if tags.get(_PLANAR) == 2 and not by_libtiff else 1
+    listed = sum((right - left) * (low - top) for _, (left, top, right, low), *_ in image.tile)
+    if not listed >= planes * image.width * image.height:
+        raise ValueError("lacks strips or tiles: they do not cover it")
 
 
 def _rgb_on_white(image: Image.Image) -> Image.Image:

@@ -33,6 +33,7 @@ class Layout:
     width: int
     height: int
     components: int
+    """As many as the frame has; two may bear one number, and decoders take them all."""
     scans: int
     end: int
     """Bytes up to and with the end marker; what follows is not part of the picture."""
@@ -45,6 +46,7 @@ class _Walk:
     frame: int = 0
     width: int = 0
     height: int = 0
+    components: int = 0
     scans: int = 0
     app1: bool = False
 
@@ -64,7 +66,7 @@ def layout(encoded: bytes) -> Layout:
         marker, position = _marker(encoded, position)
         if marker == _EOI:
             _check_whole(walk)
-            return Layout(walk.frame, walk.width, walk.height, len(walk.sent), walk.scans, position, walk.app1)
+            return Layout(walk.frame, walk.width, walk.height, walk.components, walk.scans, position, walk.app1)
         if marker == _TEM or marker in _RESTART:
             continue
         if marker == _SOI:
@@ -109,7 +111,7 @@ def _read_frame(walk: _Walk, marker: int, segment: bytes) -> None:
         raise ValueError(f"is a lossless or hierarchical JPEG (frame {marker:02X}), which most decoders cannot read")
     if len(segment) < 6 or len(segment) != 6 + 3 * segment[5]:
         raise ValueError("its frame header is damaged")
-    bits, walk.height, walk.width, _ = struct.unpack_from(">BHHB", segment)
+    bits, walk.height, walk.width, walk.components = struct.unpack_from(">BHHB", segment)
     if bits != 8:
         raise ValueError(f"is a JPEG of {bits} bits a sample, which most decoders cannot read")
     walk.frame = marker

@@ -48,7 +48,8 @@ from data_prep.imaging.decoding import (
 
 __all__ = ["FORMATS", "Caps", "Picture", "check_picture", "limit_pillow", "read_picture", "rgb_pixels"]
 
-LARGEST_KEPT_BYTES = 64 << 20
+LARGEST_KEPT_BYTES, LARGEST_KEPT_PIXELS = 64 << 20, 32 << 20
+"""Of a stored picture: what training reads."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,14 @@ def checked(opened: Opened) -> Picture:
 
 
 def picture_of(encoded: bytes, size: tuple[int, int], *, converted: bool, original: tuple[int, int]) -> Picture:
+    """Raises ValueError where training would refuse it, since the caps may be larger than what training reads."""
+    width, height = size
+    if len(encoded) > LARGEST_KEPT_BYTES:
+        raise ValueError(f"is stored with {len(encoded)} bytes, more than the {LARGEST_KEPT_BYTES} that training reads")
+    if width * height > LARGEST_KEPT_PIXELS:
+        raise ValueError(
+            f"is stored with {width} x {height} pixels, more than the {LARGEST_KEPT_PIXELS} that training reads"
+        )
     return Picture(encoded, *size, hashlib.sha256(encoded).hexdigest(), converted, *original)
 
 

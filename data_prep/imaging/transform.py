@@ -18,7 +18,7 @@ import simplejpeg
 from PIL import Image, features
 
 from data_prep.imaging.decoding import Caps, Opened, decoded, is_plain, open_picture, orientation, turned, upright_size
-from data_prep.imaging.pictures import LARGEST_KEPT_BYTES, Picture, checked, picture_of, png_bytes
+from data_prep.imaging.pictures import Picture, checked, picture_of, png_bytes
 from limoe_dist.config.errors import UserError
 
 REDUCING_GAP = 3.0
@@ -70,10 +70,8 @@ def transformed(encoded: bytes, settings: Transform) -> Picture:
     _check_shape(opened, settings)
     width, height = opened.size
     target = smaller_size(width, height, settings.size)
-    if target is None and (settings.encode == "keep" or (settings.encode == "jpeg" and opened.jpeg)):
-        picture = checked(opened)
-        if settings.encode == "keep" or not picture.converted:
-            return picture
+    if target is None and (settings.encode == "keep" or (settings.encode == "jpeg" and _stays_jpeg(opened))):
+        return checked(opened)
     image = decoded(opened, *target) if target else decoded(opened)
     turn = orientation(opened)
     converted = not is_plain(opened, turn)
@@ -82,6 +80,11 @@ def transformed(encoded: bytes, settings: Transform) -> Picture:
         image = image.resize(target, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
     image = turned(image, turn)
     return picture_of(_encoded(image, opened, settings), image.size, converted=converted, original=original)
+
+
+def _stays_jpeg(opened: Opened) -> bool:
+    """Whether it is a JPEG whose bytes may be kept: its headers tell, other formats have to be decoded for that."""
+    return opened.jpeg is not None and is_plain(opened, orientation(opened))
 
 
 def smaller_size(width: int, height: int, size: int) -> tuple[int, int] | None:
@@ -118,10 +121,7 @@ def _encoded(image: Image.Image, opened: Opened, settings: Transform) -> bytes:
     kind = "jpeg" if kind == "keep" else kind
     if max(image.size) > SIDE_LIMITS[kind]:
         raise ValueError(f"has a side of {max(image.size)} pixels, more than the {SIDE_LIMITS[kind]} of {kind}")
-    content = _jpeg(image, settings.quality) if kind == "jpeg" else _webp(image, settings.quality)
-    if len(content) > LARGEST_KEPT_BYTES:
-        raise ValueError(f"becomes {len(content)} bytes, more than the {LARGEST_KEPT_BYTES} that training reads")
-    return content
+    return _jpeg(image, settings.quality) if kind == "jpeg" else _webp(image, settings.quality)
 
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:

@@ -174,13 +174,13 @@ class _Tally:
     def _by_epoch(self, drawn: Drawn) -> Iterator[tuple[tuple[int, int], Ints]]:
         for source in np.unique(drawn.sources).tolist():
             here = drawn.sources == source
-            epochs = drawn.epochs[here]
-            for epoch in np.unique(epochs).tolist():
-                # Samples of a source rise with the positions: what is before the smallest epoch is over.
-                if epoch == epochs.min():
-                    for past in [one for one in {*self._seen, *self._jumped} if one[0] == source and one[1] < epoch]:
-                        self._close(past)
-                yield (source, epoch), drawn.rows[here][epochs == epoch]
+            epochs, rows = drawn.epochs[here], drawn.rows[here]
+            # Samples of a source rise with the positions, and so do its epochs: what is before the first one is over.
+            for past in [one for one in {*self._seen, *self._jumped} if one[0] == source and one[1] < epochs[0]]:
+                self._close(past)
+            starts = [0, *(np.flatnonzero(np.diff(epochs)) + 1).tolist(), len(epochs)]
+            for first, end in pairwise(starts):
+                yield (source, int(epochs[first])), rows[first:end]
 
     def _counts(self, kind: dict[tuple[int, int], Any], epoch: tuple[int, int]) -> Any:
         if epoch not in kind:
@@ -219,7 +219,9 @@ def _open(run_dir: Path) -> tuple[Run, list[Stretch]]:
     if not ledger.is_file():
         raise UserError(f"{ledger}: is not there: the run has not saved yet, or it is older than the ledger")
     stretches = []
-    for number, line in enumerate(ledger.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(ledger.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break  # cut off by a kill, or being written: a run that goes on drops it, too
         try:
             content = json.loads(line)
             stretches.append(
@@ -233,7 +235,7 @@ def _open(run_dir: Path) -> tuple[Run, list[Stretch]]:
                 )
             )
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{ledger}, line {number}: is no line of a ledger: {line[:60]!r}") from None
+            raise UserError(f"{ledger}, line {number}: is no line of a ledger: {line.rstrip()[:60]!r}") from None
     if not stretches:
         raise UserError(f"{ledger}: is empty: the run has not saved yet")
     return load_run(run_dir / "run.json"), stretches

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from rich.table import Table
 
 from data_prep.console import console
 from data_prep.inspection.audit import Audit, audit
+from data_prep.writing import writing
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import load_run, write_atomically
 from limoe_dist.data.mixture import Drawn, entries_of, load_manifests
@@ -57,11 +60,14 @@ def run(run_dir: Path, *, listing: Path | None, result: Path | None) -> int:
                 advance=lambda done, total: bar.update(task, completed=done, total=total),
                 take=writer.write if writer else lambda positions, drawn, used: None,
             )
+            if writer:
+                writer.finish()
         finally:
             if writer:
                 writer.close()
     if result is not None:
-        write_atomically(result, json.dumps(asdict(found) | {"proved": not found.faults}, indent=2) + "\n")
+        with writing(result):
+            write_atomically(result, json.dumps(asdict(found) | {"proved": not found.faults}, indent=2) + "\n")
     _show(found, shown)
     return 1 if found.faults else 0
 
@@ -98,7 +104,7 @@ def _show(found: Audit, shown: Console) -> None:
 
 
 class _Listing:
-    """The file of --list, written as the positions are worked out."""
+    """The file of --list, written as the positions are worked out; it has its name when it is whole."""
 
     def __init__(self, run_dir: Path, path: Path) -> None:
         data = load_run(run_dir / "run.json").data if (run_dir / "run.json").is_file() else None
@@ -109,15 +115,14 @@ class _Listing:
         self.ends = np.cumsum(rows)
         self.starts = self.ends - rows
         self.first_rows = np.cumsum([0, *(one.rows for one in self.manifests)])
-        try:
+        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.writer: Any = (
-                pyarrow.parquet.ParquetWriter(path, SCHEMA, compression="zstd")
+                pyarrow.parquet.ParquetWriter(self.temporary, SCHEMA, compression="zstd")
                 if path.suffix == ".parquet"
-                else pyarrow.csv.CSVWriter(path, _plain(SCHEMA))
+                else pyarrow.csv.CSVWriter(self.temporary, _plain(SCHEMA))
             )
-        except OSError as error:
-            raise UserError(f"--list {path}: cannot be written: {error}") from None
         self.plain = path.suffix == ".csv"
 
     def write(self, positions: Ints, drawn: Drawn, used: Ints) -> None:
@@ -135,10 +140,19 @@ class _Listing:
             ],
             schema=SCHEMA,
         )
-        self.writer.write_table(table.cast(_plain(SCHEMA)) if self.plain else table)
+        with writing(self.path):
+            self.writer.write_table(table.cast(_plain(SCHEMA)) if self.plain else table)
+
+    def finish(self) -> None:
+        with writing(self.path):
+            self.writer.close()
+            os.replace(self.temporary, self.path)
 
     def close(self) -> None:
-        self.writer.close()
+        """What was not finished goes."""
+        with suppress(OSError):
+            self.writer.close()
+        self.temporary.unlink(missing_ok=True)
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 
@@ -50,22 +51,23 @@ def open_set(place: str) -> PackedSet:
 
 @contextmanager
 def on_disk(place: str, *, limit_bytes: int) -> Iterator[Path]:
-    """The file itself where it is local; of a store a copy in the temporary folder, removed at the end.
+    """The file itself where it is local; of a store a copy in the temporary folder, gone at the end.
 
     limit_bytes: a copy ends one byte behind it, so that an endless answer is seen as too long. Raises UserError.
+    The copy has no name, so a process that is killed leaves nothing behind; the path is this process's alone.
     """
     if not places.is_remote(place):
         with places.failures(place), places.local(place).open("rb"):
             pass
         yield places.local(place)
         return
-    with tempfile.NamedTemporaryFile(prefix="limoe-shard-", suffix=".arrow") as copy:
+    with tempfile.TemporaryFile() as copy:
         with places.failures(place), places.open_binary(place) as file:
             left = limit_bytes + 1
             while left and (part := file.read(min(_COPY_BYTES, left))):
                 left -= len(part)
                 _write(copy, part)
-        yield Path(copy.name)
+        yield Path(f"/proc/self/fd/{copy.fileno()}")
 
 
 def batches(path: Path, columns: Sequence[str], *, place: str = "") -> Iterator[pa.RecordBatch]:
@@ -92,7 +94,7 @@ def batches(path: Path, columns: Sequence[str], *, place: str = "") -> Iterator[
         raise UserError(f"{place}: cannot be read as a shard ({reason}): pack again, or copy it again") from None
 
 
-def _write(copy: tempfile._TemporaryFileWrapper[bytes], part: bytes) -> None:
+def _write(copy: IO[bytes], part: bytes) -> None:
     try:
         copy.write(part)
         copy.flush()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from data_prep.imaging.pictures import Caps, limit_pillow, rgb_pixels
+from data_prep.imaging.pictures import Caps, check_picture, limit_pillow, rgb_pixels
 from data_prep.inspection.findings import Findings
 from data_prep.inspection.packed_sets import on_disk
 from limoe_dist.config.errors import UserError
@@ -222,12 +222,25 @@ def _check_picture(
         findings.add("checksum of a picture", where, what)
     try:
         limit_pillow(CAPS)
-        height, width = rgb_pixels(bytes(image), CAPS).shape[:2]
+        decoded, alike = _decoded(bytes(image))
     except ValueError as error:
         findings.add("picture that cannot be decoded", where, str(error))
         return
-    if (decoded := (width, height)) != declared:
+    if decoded != declared:
         findings.add("size of a picture", where, f"declared as {_size(declared)}, decoded it is {_size(decoded)}")
+    if not alike:
+        what = "alpha, a palette, CMYK, 16 bits, rotation, animation, or bytes behind its end: no pack stores it so"
+        findings.add("picture that decoders read differently", where, what)
+
+
+def _decoded(image: bytes) -> tuple[tuple[int, int], bool]:
+    """(width and height of its pixels, whether all decoders read it alike). Raises ValueError."""
+    if image.startswith(b"RIFF"):
+        height, width = rgb_pixels(image, CAPS).shape[:2]
+        return (width, height), True
+    # As it would be packed: what would be written anew, or cut, was not packed by us.
+    packed = check_picture(image, CAPS)
+    return (packed.width, packed.height), packed.encoded == image
 
 
 def _size(of: tuple[int, int]) -> str:

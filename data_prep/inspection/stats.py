@@ -163,7 +163,8 @@ def collect(
     Raises UserError where a shard cannot be read: `limoe prep verify` says more.
     """
     stats = Stats(sets, near, tokens)
-    total = sum(packed.manifest.rows for packed in sets)
+    # A manifest may declare any number.
+    total = min(sum(packed.manifest.rows for packed in sets), 1 << 62)
     chosen = np.random.default_rng(seed)
     sheet, cut = (np.sort(chosen.choice(total, min(total, n), replace=False)) for n in (sample, TOKEN_ROWS))
     for chunk in _chunks(sets):

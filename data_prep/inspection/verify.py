@@ -9,10 +9,9 @@ Of a sample, or of all rows: the bytes of the picture against the column sha256,
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +24,7 @@ from data_prep.inspection.packed_sets import PackedSet, batches, open_set
 from data_prep.inspection.repeats import Repeats
 from data_prep.inspection.shard_check import ShardResult, ShardTask, check_shard
 from data_prep.watched import Advance
+from data_prep.worker_pool import worker_pool
 from limoe_dist.config.errors import UserError
 from limoe_dist.data import places
 
@@ -96,7 +96,8 @@ def _sampled(rows: int, of: int, sample: int | None, seed: Sequence[int]) -> npt
     """Rows of one shard to decode, sorted: its part of the sample, at least one."""
     if sample is None or sample >= of:
         return None
-    count = min(rows, max(1, round(sample * rows / of)))
+    rows = min(rows, 1 << _SHARD_SHIFT)  # a manifest may declare any number
+    count = min(rows, sample, max(1, round(sample * rows / of)))
     return np.sort(np.random.default_rng(list(seed)).choice(rows, count, replace=False)).astype(np.int64)
 
 
@@ -109,7 +110,7 @@ def _results(tasks: Sequence[ShardTask], workers: int) -> Iterator[ShardResult]:
     while left:
         running: dict[Future[ShardResult], ShardTask] = {}
         try:
-            with _pool(min(workers, len(left))) as pool:
+            with worker_pool(min(workers, len(left))) as pool:
                 while left or running:
                     while left and len(running) < 2 * workers:
                         future = pool.submit(check_shard, left[-1])  # raises where the pool is broken: it stays left
@@ -125,7 +126,7 @@ def _results(tasks: Sequence[ShardTask], workers: int) -> Iterator[ShardResult]:
 
 def _alone(task: ShardTask) -> ShardResult:
     try:
-        with _pool(1) as pool:
+        with worker_pool(1) as pool:
             return pool.submit(check_shard, task).result()
     except BrokenProcessPool:
         result = ShardResult(task.number, whole=False)
@@ -133,11 +134,6 @@ def _alone(task: ShardTask) -> ShardResult:
             "shard that ends its reader", task.shard.file, "the process that read it died: out of memory, or hostile"
         )
         return result
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Not forked: the parent has threads of Arrow and of fsspec.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 @dataclass

@@ -22,6 +22,7 @@ from rich.console import Console
 from data_prep.dedup.drop_list import DropList
 from data_prep.imaging.filters import Filters
 from data_prep.imaging.transform import Transform, versions
+from data_prep.inspection.findings import printable
 from data_prep.packing.group import GroupSettings, Work, read_note, unwritable
 from data_prep.packing.pack_folder import Packed, Recipe, enter, finish, refuse_foreign
 from data_prep.packing.pack_pool import run_groups
@@ -64,7 +65,7 @@ def pack(
     Raises UserError for sources that cannot be read, where OUT holds other shards or cannot be written, where another
     process is doing the unit, or where no row is left.
     """
-    refuse_foreign(out)
+    meeting.all_or_none(lambda: refuse_foreign(out))
     sources = by_name(meeting.first_then_others(open_sources))
     recipe = _recipe(sources, settings, drop)
     entered = meeting.all_or_none(lambda: _on(out, lambda: enter(out, recipe, unit, overwrite=overwrite)))
@@ -129,11 +130,12 @@ def summary(packed: Packed, out: Path, unit: Unit = WHOLE) -> list[str]:
     lines = [
         f"{out / 'manifest.json'}: {state}: {manifest.rows} rows in {len(manifest.shards)} shards, {megabytes:.1f} MB"
     ]
-    lines += [f"  {one.name}: {one.rows} rows, licence {one.license}" for one in manifest.sources]
+    # Names and licences are strangers' texts, and so are parts of reasons: none may move a terminal's cursor.
+    lines += [f"  {printable(one.name)}: {one.rows} rows, licence {printable(one.license)}" for one in manifest.sources]
     lines.append(
         f"  {packed.converted} pictures converted to plain RGB, {packed.rejected} rows rejected (rejected.jsonl)"
     )
-    lines += [f"    {count} {kind}" for kind, count in list(packed.kinds.items())[:SHOWN_KINDS]]
+    lines += [f"    {count} {printable(kind)}" for kind, count in list(packed.kinds.items())[:SHOWN_KINDS]]
     if count := manifest.without_caption:
         lines.append(f"  {count} rows without a caption: pictures alone, for evaluation; {_TRAINING}")
     if count := manifest.without_picture:

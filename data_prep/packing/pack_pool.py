@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_prep.packing.group import Work, pack_group
+from data_prep.worker_pool import worker_pool
 from limoe_dist.config.errors import UserError
 
 LINE_EVERY_S = 30.0
@@ -39,37 +37,23 @@ def run_groups(work: Work, groups: Sequence[int], *, workers: int, console: Cons
 
 
 def _run_pool(work: Work, groups: Sequence[int], workers: int, tell: Callable[[int], None]) -> None:
-    # A fresh interpreter for each: a fork would copy locks that threads of Arrow or of the display hold.
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (work, counter))
+    counter = multiprocessing.get_context("spawn").Value("q", 0)
     try:
-        waiting: set[Future[None]] = {pool.submit(_do, group) for group in groups}
-        told = 0
-        while waiting:
-            ended, waiting = wait(waiting, LOOK_EVERY_S, FIRST_COMPLETED)
-            for future in ended:
-                future.result()
-            now = counter.value
-            tell(now - told)
-            told = now
+        with worker_pool(workers, _start_worker, work, counter) as pool:
+            waiting: set[Future[None]] = {pool.submit(_do, group) for group in groups}
+            told = 0
+            while waiting:
+                ended, waiting = wait(waiting, LOOK_EVERY_S, FIRST_COMPLETED)
+                for future in ended:
+                    future.result()
+                now = counter.value
+                tell(now - told)
+                told = now
     except BrokenProcessPool:
         raise UserError(
             f"--workers={workers}: a worker was killed, perhaps because memory ran out: groups that are done are kept; "
             "the same command goes on, with fewer --workers it needs less memory"
         ) from None
-    finally:
-        _end(pool)
-
-
-def _end(pool: ProcessPoolExecutor) -> None:
-    """Ends the workers now: those that work on a group leave only temporary files."""
-    workers = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for worker in workers:
-        worker.terminate()
-    for worker in workers:
-        worker.join()
 
 
 _work: Work | None = None
@@ -79,17 +63,6 @@ _counter: Any = None
 def _start_worker(work: Work, counter: Any) -> None:
     global _work, _counter
     _work, _counter = work, counter
-    # Ctrl-C reaches all processes of a terminal: the parent ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed can end nobody: without this its workers would wait for it for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _do(group: int) -> None:

@@ -54,8 +54,9 @@ def labels_of(files: Sequence[str], *, suffix: str) -> list[str]:
     """
     names = [posixpath.basename(file.partition("?")[0]).removesuffix(suffix) for file in files]
     if len(set(names)) < len(names):
-        shared = os.path.commonpath(files) if len(set(files)) > 1 else ""
-        names = [file[len(shared) :].lstrip("/").removesuffix(suffix).replace("/", "+") for file in files]
+        # Not the rest behind so many letters: commonpath makes s3:/ of s3://.
+        shared = os.path.commonpath(files)
+        names = [posixpath.relpath(file, shared).removesuffix(suffix).replace("/", "+") for file in files]
     if twice := [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []:
         raise UserError(f"{files[names.index(twice[0])]}: another file has the same name in keys, {twice[0]}")
     for name, file in zip(names, files, strict=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import files as source_files
-from data_prep.sources.columns import Columns, captions_of, key_problem, scores_of
+from data_prep.sources.columns import MOST_CAPTIONS, Columns, captions_of, key_problem, scores_of
 from data_prep.sources.parquet_fields import Fields, fields_of
 from data_prep.sources.picture_folder import LARGEST_PICTURE
 from data_prep.sources.source import Block, License, Sample
@@ -110,6 +110,10 @@ def _picture(value: Any, fields: Fields) -> bytes:
 
 
 def _captions(value: Any) -> tuple[str, ...]:
+    listed = getattr(value, "values", None)
+    # A hundred million empty ones are a few bytes in the file.
+    if listed is not None and len(listed) > MOST_CAPTIONS:
+        raise ValueError(f"has {len(listed)} captions, more than {MOST_CAPTIONS}")
     texts = value.as_py()
     length = len(texts) if isinstance(texts, str) else sum(len(text or "") for text in texts or ())
     if length > LARGEST_TEXT:
@@ -146,7 +150,7 @@ def _opened(place: str) -> Iterator[Any]:
             with places.failures(place):
                 # buffer_size: pages are read as they are needed, not whole column chunks.
                 yield pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False, **_THRIFT)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"{place}: is no parquet file, or no whole one: {_short(error)}: fetch it again") from None
 
 

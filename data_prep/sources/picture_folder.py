@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.data import places
@@ -88,7 +89,8 @@ class PictureFolder:
         return places.local(self.place).resolve()
 
     def _read_remote(self, name: str) -> bytes:
-        if name.startswith("/") or ".." in name.split("/") or "\0" in name or "://" in name:
+        # Of an address over HTTP %2e%2e is made .. by those who ask for it.
+        if name.startswith("/") or ".." in unquote(name).split("/") or "\0" in name or "://" in name:
             raise ValueError("the path leaves the source folder: it must be relative and without ..")
         fs, path = places.filesystem(self.place)
         try:

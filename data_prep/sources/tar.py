@@ -117,9 +117,10 @@ def _member(tar: Bytes, start: int) -> tuple[Member | None, int]:
         length = size if size >= 0 and kind not in (b"x", b"X", b"g", b"L", b"K") else stored
         position = _behind(content, length, tar)
         if kind == b"L":
-            name = _extension(tar, content, length).rstrip(b"\0")
+            name = _one_name(name, _extension(tar, content, length).rstrip(b"\0"), start)
         elif kind in (b"x", b"X"):
-            name, size, sparse = _pax(_extension(tar, content, length), start)
+            path, size, sparse = _pax(_extension(tar, content, length), start)
+            name = _one_name(name, path, start)
         elif kind == b"g":
             fields = _extension(tar, content, length)
             if any(_records(fields, start).get(key) for key in (b"path", b"size")):
@@ -131,6 +132,12 @@ def _member(tar: Bytes, start: int) -> tuple[Member | None, int]:
             if kind == b"S":
                 content, position = _behind_map(tar, header, content, length)
             return Member(name or _name(header), start, content, length, what), position
+
+
+def _one_name(before: bytes, now: bytes, start: int) -> bytes:
+    if before and now:
+        raise BrokenTarError(f"byte {start}: a member with two long names, which programs read differently")
+    return before or now
 
 
 def _check(header: bytes, position: int) -> None:

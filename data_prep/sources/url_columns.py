@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from limoe_dist.config.errors import UserError, nearest
+from limoe_dist.data import places
 
 URL_NAMES = ("url", "image_url", "img_url", "imageurl", "link")
 CAPTION_NAMES = ("caption", "text", "alt_text", "alt", "description", "title")
 BATCH_ROWS = 2_000
 LONGEST_VALUE = 2_000
 """Of a carried text, in characters: a longer one is left out."""
+LONGEST_URL = 4_096
+LONGEST_CAPTION = 20_000
+"""Characters: ten thousand rows of longer ones would not fit into memory."""
 
 Values = tuple[str, str, dict[str, Any]]
 """Address, caption, carried columns."""
@@ -64,6 +68,16 @@ def _index(file: str, names: Sequence[str], given: str, known: Sequence[str], op
         return list(names).index(given)
     lowered = [name.lower() for name in names]
     return next((lowered.index(name) for name in known if name in lowered), None)
+
+
+def bare(file: str) -> str:
+    """The name of a file without what a URL has behind its ?."""
+    return file.partition("?")[0] if places.is_remote(file) else file
+
+
+def bounded(url: str, caption: str, carried: dict[str, Any]) -> Values:
+    """A longer address is cut where it is known to be too long; a longer caption is left out."""
+    return url.strip()[: LONGEST_URL + 1], "" if len(caption) > LONGEST_CAPTION else caption, carried
 
 
 def carried_values(names: Sequence[str] | dict[str, int], values: Sequence[Any]) -> dict[str, Any]:

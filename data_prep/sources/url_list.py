@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.sources import url_list_parquet as parquet
 from data_prep.sources import url_list_text as text
-from data_prep.sources.url_columns import Columns, Values, Wanted
+from data_prep.sources.url_columns import Columns, Values, Wanted, bare, bounded
 from limoe_dist.config.errors import UserError
 from limoe_dist.data import places
 
@@ -43,7 +43,7 @@ class UrlList:
 
     def rows(self) -> int | None:
         """Rows of all files; None where that is known only by reading them, as for CSV."""
-        if not all(file.endswith(".parquet") for file in self.files):
+        if not all(bare(file).endswith(".parquet") for file in self.files):
             return None
         return sum(parquet.number_of_rows(file) for file in self.files)
 
@@ -64,7 +64,7 @@ class UrlList:
                         yield part, held
                     part, held = number // rows_per_part, []
                 if wanted(part):
-                    held.append(Row(number, *values))
+                    held.append(Row(number, *bounded(*values)))
         if held:
             yield part, held
 
@@ -81,17 +81,22 @@ class UrlList:
 def open_list(given: Sequence[str], columns: Columns) -> UrlList:
     """Finds the files and checks their columns. Raises UserError naming the columns a file has where one is lacking."""
     files = [file for place in given for file in places.expand(place, suffixes=SUFFIXES)]
-    if twice := [file for file in files if files.count(file) > 1]:
-        raise UserError(f"--list: {twice[0]} is named twice: its pictures would be fetched twice")
+    seen: set[str] = set()
     for file in files:
-        if not file.endswith(SUFFIXES):
+        # One may be named by its path, and again by a pattern, which gives whole paths.
+        one = file if places.is_remote(file) else str(places.local(file).resolve())
+        if one in seen:
+            raise UserError(f"--list: {file} is named twice: its pictures would be fetched twice")
+        seen.add(one)
+    for file in files:
+        if not bare(file).endswith(SUFFIXES):
             raise UserError(f"--list {file}: the name of a list ends in {', '.join(SUFFIXES)}")
         _format(file).check(file, columns)
     return UrlList(tuple(files), columns)
 
 
 def _format(file: str) -> Any:
-    return parquet if file.endswith(".parquet") else text
+    return parquet if bare(file).endswith(".parquet") else text
 
 
 def _shifted(of_use: Wanted, first: int) -> Wanted:

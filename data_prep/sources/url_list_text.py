@@ -5,16 +5,29 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
-from data_prep.sources.url_columns import BATCH_ROWS, Chosen, Columns, Values, Wanted, carried_values, chosen_columns
+from data_prep.sources.url_columns import (
+    BATCH_ROWS,
+    Chosen,
+    Columns,
+    Values,
+    Wanted,
+    bare,
+    carried_values,
+    chosen_columns,
+)
 from limoe_dist.config.errors import UserError
 from limoe_dist.data import places
 
 LONGEST_LINE = 1 << 20
 BEGINS = ("http://", "https://")
+WHOLE = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
+DECIMAL = re.compile(r"-?(?:(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})(?:[eE][-+][0-9]{1,3})?")
+NONE = ("nan", "inf", "infinity")
 
 
 def _first_line(file: str, columns: Columns) -> tuple[Chosen, list[str] | None]:
@@ -26,6 +39,8 @@ def _first_line(file: str, columns: Columns) -> tuple[Chosen, list[str] | None]:
             raise UserError(f"{file}: cannot be read: {error}") from None
     if not cells:
         raise UserError(f"{file}: is empty")
+    if any("\0" in cell for cell in cells):
+        raise UserError(f"{file}: is no text in UTF-8, but perhaps in UTF-16: convert it, as with iconv -t UTF-8")
     addresses = [index for index, cell in enumerate(cells) if cell.startswith(BEGINS)]
     if columns.header:
         if len(cells) != len(columns.header):
@@ -82,22 +97,24 @@ def _values(cells: list[str], chosen: Chosen) -> Values:
 
 
 def _number(text: str) -> Any:
-    try:
-        return float(text) if any(letter in text for letter in ".eEn") else int(text)
-    except ValueError:
-        return text
+    """A number where the text is how one is written; "00012", "1_000" and the hexadecimal "12e4567" are names."""
+    if WHOLE.fullmatch(text):
+        return int(text)
+    if DECIMAL.fullmatch(text) or text.lower().lstrip("+-") in NONE:
+        return float(text)
+    return text
 
 
 def _text(file: str) -> IO[str]:
     """Bytes that are no UTF-8 are replaced: one caption in millions must not end the run."""
     opened: Any = places.open_binary(file)
-    if file.endswith(".gz"):
+    if bare(file).endswith(".gz"):
         opened = gzip.GzipFile(fileobj=opened)
     return io.TextIOWrapper(opened, encoding="utf-8-sig", errors="replace", newline="")
 
 
 def _cells(file: str, opened: IO[str]) -> Iterator[list[str]]:
-    if file.removesuffix(".gz").endswith(".csv"):
+    if bare(file).removesuffix(".gz").endswith(".csv"):
         reader = csv.reader(_lines(file, opened))
         while True:
             try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -106,7 +108,7 @@ def _csv(place: str, column: str) -> Iterator[str]:
 
 
 def _jsonl(place: str, column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(place, ""), start=1):
+    for number, line in _numbered(place):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -123,21 +125,32 @@ def _jsonl(place: str, column: str) -> Iterator[str]:
 def _lines(place: str, column: str) -> Iterator[str]:
     if column:
         raise UserError(f"--text {place}:{column}: a text file has no columns: each line is a caption")
+    yield from (text for _, text in _numbered(place))
+
+
+def _numbered(place: str) -> Iterator[tuple[int, str]]:
+    """(number of the line in the file, its text) of every line that is not blank."""
+    number = 0
     with _damage(place), _opened(place) as file:
         while line := file.readline(_LONGEST_LINE + 1):
+            number += 1
             if len(line) > _LONGEST_LINE:
                 raise UserError(f"--text {place}: a line of more than {_LONGEST_LINE} bytes: this is no list")
             if text := line.decode("utf-8", "replace").strip():
-                yield text
+                yield number, text
 
 
 def _texts(column: pa.Array) -> Iterator[str]:
     """The texts of a column of texts, or of lists of texts, without empty ones."""
-    kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        for row in column.to_pylist():
-            yield from (text for text in row or () if text and isinstance(text, str))
-        return
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = column.flatten()
+    # As bytes: one that is no UTF-8 spoils its own caption, not the file.
+    if pa.types.is_string(column.type):
+        column = column.cast(pa.binary())
+    elif pa.types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
     for text in column.to_pylist():
         if isinstance(text, bytes):
             text = text.decode("utf-8", "replace")
@@ -156,11 +169,14 @@ def _column(names: Sequence[str], asked: str, place: str) -> str:
 
 def _opened(place: str) -> IO[bytes]:
     file = places.open_binary(place)
-    return gzip.GzipFile(fileobj=file) if places.name_of(place).lower().endswith(".gz") else file  # type: ignore[return-value]
+    if places.name_of(place).lower().endswith(".gz"):
+        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
+    # Files of a store know no limit for a line.
+    return io.BufferedReader(file)  # type: ignore[type-var]
 
 
 class _damage:
-    """Turns what parsers raise on broken files into a UserError that names the file."""
+    """Turns what parsers raise on broken files, and stores while being read, into a UserError that names the file."""
 
     def __init__(self, place: str) -> None:
         self._place = place
@@ -169,6 +185,7 @@ class _damage:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, pa.ArrowException | EOFError | OSError | KeyError):
+        broken = isinstance(error, pa.ArrowException | EOFError | OSError | KeyError | UnicodeDecodeError | zlib.error)
+        if broken or type(error).__module__.split(".")[0] in places.STORES:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--text {self._place}: cannot be read: {reason}") from None

@@ -194,14 +194,25 @@ class _Target:
         for folder in self.folders:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                temporary = folder / f".{MODEL_FILE}.{os.getpid()}.tmp"
-                temporary.write_bytes(model)
-                os.replace(temporary, folder / MODEL_FILE)
+                _write_model(model, folder)
                 write_atomically(folder / SETTINGS_FILE, record)
         for manifest, file in zip(self.read.manifests, self.read.files, strict=True):
             with writing(file):
                 manifests.save_manifest(manifest.model_copy(update={"tokenizer": tokenizer}), file)
         return Trained(tokenizer, skipped=False, coverage=coverage)
+
+
+def _write_model(model: bytes, folder: Path) -> None:
+    """Whole and on disk, or not at all: after a power cut a manifest may name it."""
+    temporary = folder / f".{MODEL_FILE}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(model)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / MODEL_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _fill(sample: CaptionSample, read: Captions, advance: Callable[[int], None]) -> None:

@@ -13,7 +13,7 @@ from limoe_dist.config.errors import UserError
 
 SMALLEST_VOCABULARY = 16
 LARGEST_SAMPLE = 5_000_000
-SAMPLE_BYTES = 1 << 30
+SAMPLE_BYTES = 1_000_000_000
 LONGEST_CAPTION_BYTES = 4192
 # A constant, not the machine's cores: SentencePiece adds up its counts thread by thread, and their number shows.
 THREADS = 4

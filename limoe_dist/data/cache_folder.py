@@ -13,6 +13,7 @@ import errno
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,7 +64,7 @@ class CacheFolder:
         with disk_failures(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             owner = folder.stat().st_uid
-            if os.geteuid() not in (0, owner):
+            if owner != os.geteuid() and not _root_may_use(folder):
                 # In a folder of everybody's, like /tmp, somebody could lay out shards of his own for us to read.
                 raise UserError(
                     f"{folder}: belongs to another user (uid {owner}): give a folder of your own as data.cache"
@@ -257,6 +258,11 @@ class Part:
     def close(self) -> None:
         self.file.close()
         self.path.unlink(missing_ok=True)
+
+
+def _root_may_use(folder: Path) -> bool:
+    """Root may use somebody's folder that was given to it, but no name in /tmp that anybody could have taken first."""
+    return os.geteuid() == 0 and not folder.resolve().parent.stat().st_mode & stat.S_IWOTH
 
 
 def _allocate(path: Path, size_bytes: int) -> None:

@@ -59,11 +59,14 @@ def declared_size(image: npt.NDArray[np.uint8]) -> tuple[int, int]:
 def _ends(image: npt.NDArray[np.uint8]) -> bool:
     """Whether a JPEG has its end: a decoder that wants a part of it alone would not miss what is cut off below.
 
-    Behind the start of the last scan, since a thumbnail in a header has an end of its own; within a scan neither marker
+    No scan may begin behind it, since a thumbnail in a header has an end of its own; within a scan neither marker
     occurs. The other formats' structure is read by the decoder's parser.
     """
     content = image.tobytes()
-    return not content.startswith(b"\xff\xd8") or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
+    if not content.startswith(b"\xff\xd8"):
+        return True
+    end = content.rfind(b"\xff\xd9")
+    return end > 0 and content.find(b"\xff\xda", end) < 0
 
 
 def _check_format(image: npt.NDArray[np.uint8]) -> None:

@@ -6,6 +6,7 @@ Rows that others stand in for are written down as they are met.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -243,8 +244,16 @@ class Loader:
             for position, bad in met.items()
         ]
         try:
-            self._replaced.parent.mkdir(parents=True, exist_ok=True)
-            with self._replaced.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            _append(self._replaced, "".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
             warn(f"{self._replaced}: {len(lines)} lines about replaced rows are lost: {error.strerror}")
+
+
+def _append(path: Path, lines: str) -> None:
+    """Appends whole lines, also where a kill or a full disk left a part of one: else that would spoil the next, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        cut = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut + lines.encode())

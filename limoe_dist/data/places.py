@@ -29,12 +29,25 @@ def local(place: str) -> Path:
 
 
 def join(folder: str, name: str) -> str:
-    """The place of a file in a folder; what a URL has behind its ? stays behind."""
-    return posixpath.join(folder, name) if is_remote(folder) else str(local(folder) / name)
+    """The place of a file in a folder; what a web server's URL has behind its ?, a key perhaps, stays there."""
+    if not is_remote(folder):
+        return str(local(folder) / name)
+    path, query = _parts(folder)
+    return posixpath.join(path, name) + query
 
 
 def parent(place: str) -> str:
-    return posixpath.dirname(place) if is_remote(place) else str(local(place).parent)
+    """The folder of a file; as for `join`."""
+    if not is_remote(place):
+        return str(local(place).parent)
+    path, query = _parts(place)
+    return posixpath.dirname(path) + query
+
+
+def _parts(url: str) -> tuple[str, str]:
+    """The path, and the query with its ?; a store's names may hold a ? themselves."""
+    path, mark, query = url.partition("?") if _is_web(url) else (url, "", "")
+    return path, mark + query
 
 
 def name_of(place: str) -> str:

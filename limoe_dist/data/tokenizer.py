@@ -97,18 +97,24 @@ def open_tokenizer(run: Run, manifest: Manifest, folder: Path | str) -> Tokenize
             "give data.tokenizer, or train one with "
             f"`limoe prep tokenizer --data {join(str(folder), 'manifest.json')} --vocab-size {run.text.vocab_size}`"
         )
-    path = _local_copy(place, run.data) if is_remote(place) else local(place)
+    path = vocabulary_file(place, run.data)
     return Tokenizer(path, length=run.text.length, vocab_limit=run.text.vocab_size, entry=entry)
 
 
+def vocabulary_file(place: str, data: Data) -> Path:
+    """The model on this host; from a URL it is copied into data.cache. Raises UserError where that cannot be done."""
+    return _local_copy(place, data) if is_remote(place) else local(place)
+
+
 def _local_copy(url: str, data: Data) -> Path:
-    """A model from a URL, under the name of its content: what is there already is that content."""
-    from limoe_dist.data.cache import cache_folder
+    """A model from a URL, under the name of its content."""
+    from limoe_dist.data.cache import cache_folder, open_cache
 
     content = read_small(url, limit=MAX_MODEL_BYTES)
+    # Makes the folder, for us alone; refuses one that somebody else made for us.
+    open_cache(data)
     path = cache_folder(data) / f"{hashlib.sha256(content).hexdigest()}.model"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_bytes(content)
         os.replace(temporary, path)

@@ -47,6 +47,11 @@ def replaced_file(out: Path, rank: int) -> Path:
     return out / "replaced" / f"rank-{rank:05d}.jsonl"
 
 
+def forget_replaced(out: Path) -> None:
+    """For a run that begins, perhaps again: with other data now, lines about the old rows would be wrong."""
+    shutil.rmtree(out / "replaced", ignore_errors=True)
+
+
 def _of_a_start(name: str) -> bool:
     """Whether `begin` writes a file of this name before run.json: a run that was killed there may begin again."""
     return name in ("lock", "tokenizer.model", "tokenizer.tmp") or name.startswith(".run.json.")
@@ -171,4 +176,9 @@ def read_end(out: Path) -> Ended | None:
 
 def resume_problems(out: Path, run: Run) -> list[str]:
     """Why the run in `out` cannot go on with these settings: what decides results may not change."""
-    return changed_settings(decisive(load_run(out / "run.json")), run, out / "run.json")
+    file = out / "run.json"
+    before = decisive(load_run(file))
+    if "window_rows" not in json.loads(file.read_text(encoding="utf-8")).get("data", {}):
+        # Older than the setting, which then had no value: `Restart` compares with what the checkpoint's sources need.
+        before["data.window_rows"] = run.data.window_rows
+    return changed_settings(before, run, file)

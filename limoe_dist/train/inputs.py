@@ -9,7 +9,7 @@ import torch
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
 from limoe_dist.data.arrow import ShardSet
-from limoe_dist.data.manifest import sha256_of, verify_shards
+from limoe_dist.data.manifest import Manifest, sha256_of, verify_shards
 from limoe_dist.data.mixture import check_pairs, data_hash, described, entries_of, manifest_file, orders_of, with_home
 from limoe_dist.data.places import is_remote
 from limoe_dist.data.tokenizer import Tokenizer, normalised, open_tokenizer
@@ -51,8 +51,8 @@ def _open(run: Run, mesh: Mesh) -> Inputs:
     train = ShardSet(*(entry.path for entry in entries_of(run.data)), data=run.data)
     manifests = [part.manifest for part in train.parts]
     check_pairs(run.data, manifests)
-    _check_cache(run, train)
     validation = ShardSet(run.data.validation, data=run.data) if run.data.validation else None
+    _check_cache(run, train, validation)
     for shards in (train, validation):
         if shards is not None:
             for part in shards.parts if run.data.check == "start" else ():
@@ -72,20 +72,27 @@ def _open(run: Run, mesh: Mesh) -> Inputs:
     )
 
 
-def _check_cache(run: Run, train: ShardSet) -> None:
+def _check_cache(run: Run, train: ShardSet, validation: ShardSet | None) -> None:
     """Raises UserError where shards from a URL would be fetched anew all the time, or not at all."""
-    orders = orders_of(run.data, [part.manifest for part in train.parts], seed=run.train.seed)
     needed = 0
+    if validation is not None and validation.cache is not None:
+        # Evaluated while the loader keeps what it reads; and two ranks may be in different shards.
+        needed = _largest(validation.manifest, 2 * validation.most_open)
+    orders = orders_of(run.data, [part.manifest for part in train.parts], seed=run.train.seed)
     for part, order in zip(train.parts, orders, strict=True):
-        sizes = sorted((shard.bytes for shard in part.manifest.shards), reverse=True)
         # The slowest rank may be in one window while the fastest is in the next.
-        needed += sum(sizes[: 2 * order.shards_of_a_window]) if is_remote(part.path) else 0
+        needed += _largest(part.manifest, 2 * order.shards_of_a_window) if is_remote(part.path) else 0
     if needed > run.data.cache_gb * 1e9:
         raise UserError(
             f"data.cache_gb={run.data.cache_gb:g}, but two windows of data.window_rows={run.data.window_rows} rows of "
-            f"each source from a URL are shards of up to {needed / 1e9:.3g} GB: raise data.cache_gb to at least that, "
-            "or use a smaller window (0 mixes whole sources)"
+            f"each source from a URL, and what is evaluated meanwhile, are shards of up to {needed / 1e9:.3g} GB: "
+            "raise data.cache_gb to at least that, or give a smaller window (0 is none: it mixes whole sources)"
         )
+
+
+def _largest(manifest: Manifest, count: int) -> int:
+    """Bytes of the `count` largest shards."""
+    return sum(sorted((shard.bytes for shard in manifest.shards), reverse=True)[:count])
 
 
 def _classes(run: Run, train: ShardSet, validation: ShardSet) -> list[ClassNames] | None:

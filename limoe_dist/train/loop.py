@@ -19,7 +19,7 @@ from limoe_dist.parallel.collectives import all_or_none, vote
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train.display import Display, say_anywhere
 from limoe_dist.train.evaluation import evaluate
-from limoe_dist.train.folder import begin, new_run_problem, note_end, replaced_file
+from limoe_dist.train.folder import begin, forget_replaced, new_run_problem, note_end, replaced_file
 from limoe_dist.train.inputs import open_inputs
 from limoe_dist.train.metrics import Log, Window
 from limoe_dist.train.preemption import StopFlag
@@ -59,6 +59,8 @@ def train(
             if mesh.rank == 0:
                 claim = begin(out, run, inputs.tokenizer.path)
                 restart.check_nothing_new()
+                if not first_step:
+                    forget_replaced(out)
             log = Log(out, run, first_step=first_step, writes=mesh.rank == 0)
             if (missed := restart.missed(log.newest_positions())) is not None:
                 log.positions(missed)

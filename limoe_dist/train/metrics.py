@@ -139,12 +139,15 @@ def success(figures: dict[str, Any], modality: str) -> float | None:
 class Log:
     """metrics.jsonl, evaluations.jsonl, positions.jsonl and TensorBoard of a run; rank 0 writes, others do nothing.
 
-    A line that cannot be written, on a full disk, is lost with a warning: the run goes on.
+    A line that cannot be written, on a full disk, is lost with a warning: the run goes on. Those of positions.jsonl are
+    written with the next one: a gap there would be rows that nobody can account for.
     """
 
     def __init__(self, out: Path, run: Run, *, first_step: int, writes: bool) -> None:
         self.out, self.writes = out, writes
         self._board: Any = None
+        self._owed: list[dict[str, Any]] = []
+        """Lines of positions.jsonl that are not written yet."""
         if not writes:
             return
         for name in ("metrics.jsonl", "evaluations.jsonl", "positions.jsonl"):
@@ -171,7 +174,9 @@ class Log:
 
     def positions(self, consumed: dict[str, Any]) -> None:
         """Which positions of the data order some steps read; see Restart.consumed."""
-        self._line("positions.jsonl", consumed)
+        self._owed.append(consumed)
+        if self._line("positions.jsonl", *self._owed):
+            self._owed.clear()
 
     def newest_positions(self) -> dict[str, Any] | None:
         """The last line of positions.jsonl; None where there is none, and on ranks that do not write."""
@@ -179,19 +184,23 @@ class Log:
         lines = path.read_text(encoding="utf-8").splitlines() if self.writes and path.exists() else []
         return json.loads(lines[-1]) if lines else None  # type: ignore[no-any-return]
 
-    def _line(self, name: str, content: dict[str, Any]) -> None:
+    def _line(self, name: str, *contents: dict[str, Any]) -> bool:
+        """Whether the lines are there now; True on ranks that do not write."""
         if not self.writes:
-            return
-        path, size = self.out / name, 0
+            return True
+        path, size = self.out / name, None
         try:
             with path.open("a", encoding="utf-8") as file:
                 size = file.tell()
-                file.write(json.dumps(content) + "\n")
+                file.write("".join(json.dumps(content) + "\n" for content in contents))
+            return True
         except OSError as error:
-            # Half a line would spoil the next one too.
-            with suppress(OSError):
-                os.truncate(path, size)
-            warn(f"{path}: the line of step {content['step']} is lost: {error.strerror}")
+            # Half a line would spoil the next one too. A file that was not even opened stays as it is.
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(path, size)
+            warn(f"{path}: the line of step {contents[-1]['step']} cannot be written: {error.strerror}")
+            return False
 
     def _scalars(self, figures: dict[str, Any], step: int) -> None:
         try:

@@ -18,6 +18,7 @@ from limoe_dist.checkpoint.state import Layout, State, versions
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import changed_settings, decisive, fingerprint
 from limoe_dist.config.schema import Run
+from limoe_dist.data.mixture import orders_of
 from limoe_dist.data.order import Ranges, pairs_before, position_of
 from limoe_dist.optim.engine import Engine
 from limoe_dist.parallel.collectives import all_or_none, raise_together, sum_over, vote
@@ -199,7 +200,7 @@ class Restart:
 
     def _differences(self, reader: Reader) -> list[str]:
         state, checkpoint = reader.state, reader.checkpoint
-        problems = changed_settings(state.settings, self.run, checkpoint)
+        problems = changed_settings(self._settings_of(state), self.run, checkpoint)
         shards = "training shards, or weights of data.mixture," if self.run.data.mixture else "training shards"
         for name, before, now in (
             (shards, state.data, self.inputs.data_hash),
@@ -215,6 +216,13 @@ class Restart:
         except ValueError as error:
             problems.append(f"{checkpoint}: {error}, and no run reads on there: the file was changed")
         return problems
+
+    def _settings_of(self, state: State) -> dict[str, Any]:
+        """Those of a checkpoint. One that is older than data.window_rows mixed each source as a whole."""
+        manifests = [part.manifest for part in self.inputs.train.parts]
+        orders = orders_of(self.run.data, manifests, seed=self.run.train.seed)
+        as_before = 0 if any(order.windowed for order in orders) else self.run.data.window_rows
+        return {"data.window_rows": as_before} | state.settings
 
 
 def _nobody_asks() -> None:

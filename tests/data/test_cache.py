@@ -471,6 +471,17 @@ def test_the_folder_of_another_user_is_refused(make):
             make(folder=Path(top))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="about the superuser, who may use any folder")
+def test_root_uses_no_folder_of_another_user_where_everybody_makes_folders(make, tmp_path):
+    for mode, name in ((0o755, "given"), (0o1777, "anybody's")):
+        (tmp_path / name / "cache").mkdir(parents=True)
+        os.chown(tmp_path / name / "cache", 65534, -1)
+        (tmp_path / name).chmod(mode)
+    make(folder=tmp_path / "given" / "cache")
+    with pytest.raises(UserError, match="belongs to another user"):
+        make(folder=tmp_path / "anybody's" / "cache")
+
+
 def test_a_file_system_without_locks_is_refused_before_anything_is_fetched(make, monkeypatch):
     def none(fd: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -18,7 +21,9 @@ from limoe_dist.data.loader import Batch, Loader
 from limoe_dist.data.mixture import entries_of
 from limoe_dist.data.order import row_at
 from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
+from tests.soak import loader_memory
 from tests.support.shards import damaged, picture, truncated, write_shards
+from tests.support.store import Store
 
 CPU = torch.device("cpu")
 AUGMENTED = Image(
@@ -182,6 +187,62 @@ def test_replaced_rows_are_written_down_with_their_stand_ins(tmp_path: Path) -> 
     }
     assert all(order[line["position"]] == row and line["key"] == f"row-{row}" for row, line in lines.items())
     assert lines[10]["reason"] == "no picture"
+
+
+def test_a_line_about_a_replaced_row_is_not_spoiled_by_the_half_one_before_it(tmp_path: Path) -> None:
+    path, file = with_bad(tmp_path, {4: b""}), tmp_path / "replaced" / "rank-00000.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"position": 3, "ro')
+    batches(a_run(batch_pairs=40, steps=2), path, replaced=file)
+    cut, *whole = file.read_text().splitlines()
+    assert cut == '{"position": 3, "ro'
+    assert [json.loads(line)["row"] for line in whole] == [4, 4]
+
+
+def test_a_set_behind_a_url_is_read_as_the_local_one_and_named_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_shards(tmp_path / "local", rows=48, shards=8)
+    for file in path.parent.iterdir():
+        fsspec.filesystem("memory").pipe(f"/loaded/{file.name}", file.read_bytes())
+    run = a_run(batch_pairs=4, steps=24, window_rows=12, cache=str(tmp_path / "cache"))
+    wanted: list[list[int]] = []
+    monkeypatch.setattr(ShardSet, "want", lambda shards, numbers: wanted.append(list(numbers)))
+    with (
+        closing(ShardSet("memory://loaded", data=run.data)) as shards,
+        Loader(run, shards, tokenizer_of(run, shards), rank=0, world=1, first_step=0, device=CPU) as loader,
+    ):
+        read = list(loader)
+        # A window of 12 rows that begins within a shard of 6.
+        assert shards.most_open == 3
+    for ours, theirs in zip(read, batches(run, path), strict=True):
+        assert ours.rows.tolist() == theirs.rows.tolist()
+        assert torch.equal(ours.images, theirs.images)
+        assert ours.checksum == theirs.checksum
+    # Two epochs of four windows: at the beginning of each the shards of that window and of the next are named.
+    assert len(wanted) == 8
+    for window, numbers in enumerate(wanted):
+        rows = np.concatenate([batch.rows for batch in read[3 * window : 3 * window + 6]])
+        assert {int(row) // 6 for row in rows} <= set(numbers)
+
+
+def test_closing_does_not_wait_for_a_shard_that_does_not_come(tmp_path: Path) -> None:
+    path, store = write_shards(tmp_path / "local", rows=12, shards=3), Store()
+    for file in path.parent.iterdir():
+        store.put(f"held/{file.name}", file.read_bytes())
+    run = a_run(batch_pairs=4, steps=3, cache=str(tmp_path / "cache"))
+    with closing(store), closing(ShardSet(store.url("held"), data=run.data)) as shards:
+        tokenizer = tokenizer_of(run, shards)
+        store.gate.clear()
+        loader = Loader(run, shards, tokenizer, rank=0, world=1, first_step=0, device=CPU)
+        for _ in range(500):
+            if sum(path.endswith(".arrow") for path, _ in store.asked):
+                break
+            threading.Event().wait(0.01)
+        began = time.monotonic()
+        loader.close()
+        assert time.monotonic() - began < 3
+        assert not list((tmp_path / "cache").glob("*.arrow"))
 
 
 def test_good_pictures_beside_a_bad_one_are_as_they_would_be(clean: Path, tmp_path: Path) -> None:
@@ -387,3 +448,10 @@ def test_quarantined_positions_are_jumped_over_in_a_mixture_and_nothing_moves(tm
     with loader:
         rows = np.concatenate([batch.rows for batch in loader])
     assert rows[:43].tolist() == np.delete(whole, [5, 6, 7, 8, 20]).tolist()
+
+
+def test_memory_stays_where_it_is_epoch_after_epoch() -> None:
+    """A cut of the soak: 2 epochs of batches that somebody kept would be some 45 MB."""
+    figures = loader_memory.measure(rows=800, shards=20, size=48, batch_pairs=32, window_rows=240)
+    grown = figures["growth_after_the_first_epoch_mb"]
+    assert max(grown.values()) < 12, grown

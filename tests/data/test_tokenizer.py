@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import fsspec
 import pytest
 import sentencepiece
 
@@ -9,7 +11,7 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Data, Run, Text
 from limoe_dist.data import tokenizer as module
 from limoe_dist.data.manifest import load_manifest
-from limoe_dist.data.tokenizer import Tokenizer, normalised, open_tokenizer
+from limoe_dist.data.tokenizer import Tokenizer, normalised, open_tokenizer, vocabulary_file
 from tests.support.shards import write_shards
 
 
@@ -124,3 +126,19 @@ def test_a_run_s_own_tokenizer_goes_before_the_manifest_s(model: Path, tmp_path:
     with pytest.raises(UserError, match=r"data\.tokenizer is empty, and the manifest in .* names none"):
         open_tokenizer(Run(), manifest, tmp_path)
     assert open_tokenizer(Run(data=Data(tokenizer=str(model))), manifest, tmp_path).path == model
+
+
+def test_a_vocabulary_from_a_url_is_copied_into_the_cache_and_into_no_folder_of_somebody_else(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.filesystem("memory").pipe("/vocabulary/t.model", model.read_bytes())
+    data = Data(cache=str(tmp_path / "cache"))
+    copied = vocabulary_file("memory://vocabulary/t.model", data)
+    assert copied.parent == tmp_path / "cache"
+    assert copied.parent.stat().st_mode & 0o777 == 0o700
+    assert copied.read_bytes() == model.read_bytes()
+    assert vocabulary_file(str(model), data) == model
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(UserError, match="belongs to another user"):
+        vocabulary_file("memory://vocabulary/t.model", data)

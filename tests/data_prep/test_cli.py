@@ -51,6 +51,7 @@ def test_an_unknown_option_is_status_2(capsys):
         (["--source", "a", "--out", "x", "--size", "-1"], "--size=-1: must be the shorter side in pixels"),
         (["--source", "a", "--out", "x", "--drop", "absent.txt"], "absent.txt: there is no such file"),
         (["--source", "a", "--out", "x", "--shard-mb", "nan"], "--shard-mb=nan: must be above 0"),
+        (["--source", "a", "--out", "x", "--shard-mb", "inf"], "--shard-mb=inf: must be above 0, and below 1e9"),
         (["--source", "absent", "--out", "x"], "--source absent: there is no such folder"),
     ],
 )
@@ -58,6 +59,24 @@ def test_wrong_values_are_named(options, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=reason):
         main(["pack", *options])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pack", "--source", "a", "--out", "s3://bucket/x"],
+        ["dedup", "--source", "a", "--out", "s3://bucket/x"],
+        ["stats", "a", "--out", "s3://bucket/x"],
+        ["tokenizer", "--text", "a.txt", "--out", "gs://bucket/x"],
+        ["verify", "a", "--json", "https://host/x.json"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_store_is_no_place_to_write_to(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"is a URL of \w+, and what is written goes to a local disk"):
+        main(words)
     assert list(tmp_path.iterdir()) == []
 
 

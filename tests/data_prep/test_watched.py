@@ -15,6 +15,17 @@ def test_without_a_terminal_a_line_comes_every_so_often(capsys):
     ]
 
 
+def test_on_a_terminal_a_bar_tells_the_rate_and_takes_no_markup_from_strangers(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    times = iter([0.0, 2.0])
+    with watched("verifying [/b]", 400, unit="rows", clock=lambda: next(times)) as advance:
+        advance(100)
+    shown = capsys.readouterr().err
+    assert "verifying [/b]" in shown
+    assert "50 rows/s" in shown
+
+
 def test_work_of_unknown_length_has_no_end_in_sight():
     assert line("reading", 5000, 0, "captions", 10) == "reading: 5,000 captions, 500/s"
     assert line("reading", 0, 10, "rows", 0) == "reading: 0 of 10 rows, 0/s"

@@ -108,7 +108,8 @@ def fault_run(folder: Path, rows: int) -> Found:
         words += ["--allow-private", f"127.0.0.0/8:{server.port}", "--rows-per-part", "1000", "--connections", "64"]
         status = prep(["download", *words])
         seconds = time.monotonic() - began
-        hits = private.hits.total()
+        # A connection is too much already, whatever is asked for through it.
+        hits = private.connections
     ended = [row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     wrong = [] if status == 0 else [f"the command ended with {status}"]
     if [row["row"] for row in ended] != list(range(rows)):

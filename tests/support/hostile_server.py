@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import io
+import ssl
 import struct
 import sys
 import threading
@@ -65,9 +66,11 @@ class _Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
         self._server.connections += 1
+        self._server.open += 1
 
     def connection_lost(self, error: Exception | None) -> None:
         self.open = False
+        self._server.open -= 1
 
     def data_received(self, data: bytes) -> None:
         if data.startswith(b"\x16\x03"):
@@ -85,11 +88,16 @@ class _Peer(asyncio.Protocol):
 
 
 class HostileServer:
-    """hits counts requests by path; `to` answers lead to `targets`, by name. hosts: addresses of 127.0.0.0/8."""
+    """hits counts requests by path; `to` answers lead to `targets`, by name. hosts: addresses of 127.0.0.0/8.
 
-    def __init__(self, *, side: int = 64, hosts: int = 1) -> None:
+    tls: speaks https with it.
+    """
+
+    def __init__(self, *, side: int = 64, hosts: int = 1, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.hits: Counter[str] = Counter()
-        self.connections = 0
+        self.connections = self.open = 0
+        """Ever made, and open now."""
         self.targets: dict[str, str] = {}
         self.hosts = [f"127.0.0.{number}" for number in range(1, hosts + 1)]
         self.pictures = pictures(side=side)
@@ -100,7 +108,7 @@ class HostileServer:
 
     def url(self, kind: str, number: int | str = 0) -> str:
         host = self.hosts[number % len(self.hosts)] if isinstance(number, int) else self.hosts[0]
-        return f"http://{host}:{self.port}/{kind}/{number}"
+        return f"{'https' if self._tls else 'http'}://{host}:{self.port}/{kind}/{number}"
 
     def __enter__(self) -> HostileServer:
         self._thread.start()
@@ -117,7 +125,9 @@ class HostileServer:
         self.port = 0
         servers = []
         for host in self.hosts:
-            servers.append(await self._loop.create_server(lambda: _Peer(self), host, self.port, backlog=1024))
+            servers.append(
+                await self._loop.create_server(lambda: _Peer(self), host, self.port, backlog=1024, ssl=self._tls)
+            )
             self.port = servers[0].sockets[0].getsockname()[1]
         self._started.set()
         await self._stop.wait()
@@ -190,6 +200,10 @@ class HostileServer:
         peer.transport.write(b"HTTP/1.1 200 OK\r\n\r\n" + self.pictures[0])
         self._forever(peer, lambda: CHUNK, 0)
 
+    def _promise(self, peer: _Peer, number: str, _: int) -> None:
+        """900 kB are announced, and nothing comes."""
+        peer.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n\xff\xd8")
+
     def _drip(self, peer: _Peer, number: str, _: int) -> None:
         peer.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
         self._forever(peer, lambda: b"\xff", DRIP_S)
@@ -217,6 +231,10 @@ class HostileServer:
 
     def _chunked(self, peer: _Peer, number: str, _: int) -> None:
         self._in_pieces(peer, self.pictures[int(number) % PICTURES], 400)
+
+    def _known(self, peer: _Peer, number: str, _: int) -> None:
+        """So many bytes, and their number before them."""
+        peer.transport.write(answer(self.pictures[0].ljust(int(number), b"\0")))
 
     def _large(self, peer: _Peer, number: str, _: int) -> None:
         """400 kB of unknown length."""

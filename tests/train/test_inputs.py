@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -113,3 +114,26 @@ def test_concepts_of_texts_alone_are_no_classes_to_choose_between(data: Path, tm
     run = run_on(data)
     run = run.model_copy(update={"data": run.data.model_copy(update={"validation": str(validation)})})
     assert opened(run).classes is None
+
+
+def test_a_cache_that_cannot_hold_what_is_read_at_once_is_refused_before_the_first_step(
+    data: Path, tmp_path: Path
+) -> None:
+    store = fsspec.filesystem("memory")
+    for name in ("train", "validation"):
+        for file in (data.parent.parent / name).iterdir():
+            store.pipe(f"/{name}/{file.name}", file.read_bytes())
+    train, validation = (
+        sum(shard.bytes for shard in load_manifest(f"memory://{name}").shards) / 1e9 for name in ("train", "validation")
+    )
+
+    def with_room(cache_gb: float) -> Run:
+        places = {"manifest": "memory://train", "validation": "memory://validation", "cache": str(tmp_path)}
+        # Here: from a URL the vocabulary, much larger than these shards, would come into the cache, too.
+        places["tokenizer"] = str(data.parent / "tokenizer.model")
+        return with_data(run_on(data), **places, cache_gb=cache_gb)
+
+    for room in (0.9 * train, train + 0.9 * validation):
+        with pytest.raises(UserError, match=r"data\.cache_gb=.* and what is evaluated meanwhile, are shards of up to"):
+            opened(with_room(room))
+    opened(with_room(train + 1.1 * validation)).close()

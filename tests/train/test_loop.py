@@ -231,4 +231,32 @@ def test_a_line_that_finds_the_disk_full_is_lost_with_a_warning_and_spoils_no_ot
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     log.metrics({"step": 3})
     assert [line["step"] for line in lines(tmp_path)] == [1, 3]
-    assert "metrics.jsonl: the line of step 2 is lost: File too large" in capsys.readouterr().err
+    assert "metrics.jsonl: the line of step 2 cannot be written: File too large" in capsys.readouterr().err
+
+
+def test_a_line_of_the_ledger_that_finds_the_disk_full_is_written_with_the_next(tmp_path: Path) -> None:
+    log = metrics.Log(tmp_path, Run(log=Log(tensorboard=False)), first_step=0, writes=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, resource.RLIM_INFINITY))
+    try:
+        log.positions({"step": 1})
+        log.positions({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    log.positions({"step": 3})
+    log.positions({"step": 4})
+    assert [line["step"] for line in lines(tmp_path, "positions.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_log_that_cannot_be_opened_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = metrics.Log(tmp_path, Run(log=Log(tensorboard=False)), first_step=0, writes=True)
+    log.positions({"step": 1})
+
+    def none_left(*given: object, **named: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Path, "open", none_left)
+    log.positions({"step": 2})
+    monkeypatch.undo()
+    assert [line["step"] for line in lines(tmp_path, "positions.jsonl")] == [1]
+    log.positions({"step": 3})
+    assert [line["step"] for line in lines(tmp_path, "positions.jsonl")] == [1, 2, 3]

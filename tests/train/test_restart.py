@@ -23,7 +23,7 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Checkpoint, Run
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train import loop
-from limoe_dist.train.folder import Ended, read_end
+from limoe_dist.train.folder import Ended, read_end, resume_problems
 from limoe_dist.train.loop import Outcome, train
 from limoe_dist.train.restart import Restart
 from limoe_dist.train.step import StepResult
@@ -241,6 +241,38 @@ def test_a_line_that_a_kill_left_unwritten_is_made_up_for(tmp_path: Path, data: 
     assert (second["first"], second["end"]) == (16, 32)
     found = audit(out)
     assert (found.faults, found.checked, found.unchecked) == ([], 1, 1)
+
+
+def test_a_run_that_is_older_than_windows_goes_on_with_whole_sources(tmp_path: Path, data: Path) -> None:
+    def with_window(rows: int) -> Run:
+        run = run_on(data)
+        return run.model_copy(update={"data": run.data.model_copy(update={"window_rows": rows})})
+
+    out = tmp_path / "run"
+    alone(with_window(0), out)
+    old = ("data.window_rows", "data.block_shards")
+    folder = latest_checkpoint(out)
+    edit(folder, settings={name: value for name, value in read_state(folder).settings.items() if name not in old})
+    content = json.loads((out / "run.json").read_text())
+    content["data"] = {name: value for name, value in content["data"].items() if f"data.{name}" not in old}
+    (out / "run.json").write_text(json.dumps(content))
+    # 64 rows: a window of 16 would read the rest of the epoch in another order, one of 64 or more in the same.
+    assert [resume_problems(out, with_window(rows)) for rows in (0, 16, 64)] == [[], [], []]
+    with pytest.raises(UserError, match=r"data\.window_rows=16, but .* has 0: a resumed run keeps"):
+        train(with_window(16), out, mesh=Mesh.single(), device=CPU, resume=True, stop_after=2)
+    train(with_window(64), out, mesh=Mesh.single(), device=CPU, resume=True, stop_after=2)
+    assert resume_problems(out, with_window(0))
+    assert audit(out).faults == []
+
+
+def test_lines_about_replaced_rows_go_where_a_run_begins_again(tmp_path: Path, data: Path) -> None:
+    run, out = run_on(data), tmp_path / "run"
+    (out / "replaced").mkdir(parents=True)
+    (out / "run.json").write_text(run.model_dump_json())
+    stale = {"position": 3, "row": 999, "key": "k", "reason": "of other data", "stand_in": 1}
+    (out / "replaced" / "rank-00007.jsonl").write_text(json.dumps(stale) + "\n")
+    train(run, out, mesh=Mesh.single(), device=CPU, resume=True, stop_after=1)
+    assert audit(out).faults == []
 
 
 def edit(checkpoint: Path, **changes: object) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_prep.cli import main
 from data_prep.dedup import fingerprints
+from data_prep.imaging.pictures import Caps
 from limoe_dist.config.errors import UserError
 from tests.data_prep.imaging.test_phash import scene
 from tests.data_prep.pictures_of import encoded, folder_source, noisy
@@ -92,6 +93,18 @@ def test_exact_only_and_another_radius_decode_nothing_again(made, whole, tmp_pat
     assert (out / "drop.parquet").read_bytes() == (whole / "drop.parquet").read_bytes()
 
 
+def test_fingerprints_of_other_decoders_are_not_mixed_with_these(monkeypatch):
+    class Named:
+        name = "a"
+
+        def fingerprint(self):
+            return "always"
+
+    before = fingerprints.folder_of(Named(), Caps(1, 1))
+    monkeypatch.setattr(fingerprints, "versions", lambda: {"simplejpeg": "99"})
+    assert fingerprints.folder_of(Named(), Caps(1, 1)) != before
+
+
 def test_the_list_does_not_depend_on_workers_or_the_order_of_sources(made, whole, tmp_path, monkeypatch):
     # Small units only here: the workers are told their blocks.
     monkeypatch.setattr(fingerprints, "UNIT_ROWS", 1)
@@ -117,6 +130,7 @@ def test_a_source_that_changed_is_read_anew(made, tmp_path):
         (["--source", "--out", "x"], "--source: name at least one"),
         (["--source", "a", "--out", "x", "--radius", "13"], "--radius=13: must be 0 to 12"),
         (["--source", "a", "--out", "x", "--workers", "-1"], "--workers=-1: must be 0"),
+        (["--source", "a", "--out", "x", "--max-image-mb", "inf"], "--max-image-mb=inf: must be above 0, and below"),
         (["--source", "absent", "--out", "x"], "--source absent: there is no such"),
         (["--source", "a", "--against", "absent", "--out", "x"], "--against absent: there is no such"),
     ],

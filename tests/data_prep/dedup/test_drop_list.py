@@ -8,6 +8,7 @@ import pytest
 
 from data_prep.dedup.drop_list import DropList
 from limoe_dist.config.errors import UserError
+from tests.support.store import Store
 
 
 def parquet(path, **columns):
@@ -29,10 +30,22 @@ def test_rows_are_left_out_for_their_reason(tmp_path):
 
 
 def test_a_text_has_one_key_a_line_and_joins_other_lists(tmp_path):
-    (tmp_path / "keys.txt").write_bytes("s/ä 1\r\ns/b\n\ns/last".encode())
+    (tmp_path / "keys.txt").write_bytes("\ufeffs/ä 1\r\ns/b\n\ns/last".encode())
     file = parquet(tmp_path / "drop.parquet", key=["s/b", "s/p"], reason=["near", "near"])
     drops = DropList.open([tmp_path / "keys.txt", file])
     assert [bool(drops.reason(key)) for key in ("s/ä 1", "s/b", "s/last", "s/p", "s/")] == [True] * 4 + [False]
+
+
+def test_lists_are_read_by_url(tmp_path):
+    file = parquet(tmp_path / "drop.parquet", key=["s/p"], reason=["near"])
+    store = Store()
+    try:
+        store.put("keys.txt", b"s/b\ns/last")
+        store.put("drop.parquet", file.read_bytes())
+        drops = DropList.open([store.url("keys.txt"), store.url("drop.parquet")])
+    finally:
+        store.close()
+    assert [bool(drops.reason(key)) for key in ("s/b", "s/last", "s/p", "s/q")] == [True] * 3 + [False]
 
 
 def test_the_checksum_is_of_the_contents_in_any_order(tmp_path):

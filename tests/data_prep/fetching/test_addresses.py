@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 
 import pytest
 
@@ -40,6 +42,12 @@ NOT_PUBLIC = {
     "2001:0:4136:e378:8000:63bf:3fff:fdd2": "disguise",
     "64:ff9b:1::a00:1": "disguise",
     "64:ff9b::a00:1": "leads to 10.0.0.1, which is private",
+    "192.0.0.192": "a cloud's own",
+    "168.63.129.16": "a cloud's own",
+    "fd00:ec2::254": "a cloud's own",
+    "192.0.0.8": "reserved",
+    "192.88.99.1": "reserved",
+    "3fff::1": "reserved",
     "not-an-address": "no address",
 }
 
@@ -65,8 +73,12 @@ def test_named_networks_and_ports_pass_and_no_others():
 def test_no_width_of_network_opens_the_addresses_of_clouds_metadata():
     policy = AddressPolicy(parse_allowed(["0.0.0.0/0", "::/0"]))
     assert policy.refusal("10.0.0.1", 80) is None
-    for address in ("169.254.169.254", "fe80::1", "0.0.0.0", "224.0.0.1"):
+    for address in ("169.254.169.254", "fe80::1", "0.0.0.0", "224.0.0.1", "100.100.100.200", "fd00:ec2::254"):
         assert policy.refusal(address, 80)
+    # The same in disguise: mapped, 6to4, compatible, translated, through NAT64 and a local NAT64.
+    for head in ("::ffff:a9fe:a9fe", "2002:a9fe:a9fe::", "::a9fe:a9fe", "::ffff:0:a9fe:a9fe", "64:ff9b::a9fe:a9fe"):
+        assert policy.refusal(head, 80)
+    assert policy.refusal("64:ff9b:1::a9fe:a9fe", 80)
 
 
 @pytest.mark.parametrize("text", ["example.com", "10.0.0.0/40", "127.0.0.1:http", "[::1"])
@@ -130,6 +142,47 @@ def test_an_unknown_name_stays_unknown_for_a_while():
 
     asyncio.run(twice())
     assert asked == ["nobody.example"]
+
+
+def test_a_look_up_that_nobody_answered_is_made_again():
+    asked: list[str] = []
+
+    async def lookup(host: str, port: int) -> list[str]:
+        asked.append(host)
+        if len(asked) == 1:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return ["8.8.8.8"]
+
+    async def twice() -> list:
+        names = CheckedResolver(AddressPolicy(), lookup=lookup)
+        with pytest.raises(OSError, match="Temporary failure"):
+            await names.resolve("later.example", 80)
+        return await names.resolve("later.example", 80)
+
+    assert [one["host"] for one in asyncio.run(twice())] == ["8.8.8.8"]
+
+
+def test_names_whose_servers_are_silent_hold_up_no_other(monkeypatch):
+    told = threading.Event()
+
+    def answer(host: str, port: int, **named) -> list:
+        if host.startswith("silent"):
+            told.wait(10)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("8.8.8.8", port))]
+
+    async def ask() -> list:
+        names = CheckedResolver(AddressPolicy())
+        silent = [asyncio.create_task(names.resolve(f"silent-{number}.example", 80)) for number in range(100)]
+        try:
+            await asyncio.sleep(0)
+            return await asyncio.wait_for(names.resolve("other.example", 80), 2)
+        finally:
+            told.set()
+            await asyncio.gather(*silent)
+            await names.close()
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    assert [one["host"] for one in asyncio.run(ask())] == ["8.8.8.8"]
 
 
 def test_the_socket_itself_is_refused_for_an_address_that_nobody_checked():

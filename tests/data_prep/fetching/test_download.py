@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from data_prep.fetching import download, hosts, ledger
+from data_prep.fetching import download, download_run, hosts, ledger
 from limoe_dist.config.errors import UserError
 from tests.soak.download_faults import fault_run
 from tests.soak.list_memory import measure
@@ -88,6 +90,10 @@ def test_a_finished_download_asks_for_nothing_again(tmp_path, server):
     )
     for _ in range(2):
         assert main(words(listed, out, server)) == 0
+        left_by_a_kill = (out / "part-00000.jsonl", out / "part-00000.lock")
+        assert not any(path.exists() for path in left_by_a_kill)
+        for path in left_by_a_kill:
+            path.touch()
     assert [count for path, count in server.hits.items() if path.endswith("?once")] == [1] * 4
 
 
@@ -190,8 +196,60 @@ def test_a_full_disk_is_told_and_what_is_whole_stays(tmp_path, server):
 
 
 def test_not_one_picture_is_status_1(tmp_path, server):
-    listed = list_of(tmp_path / "a.csv", [server.url("status", "404"), "http://10.0.0.1/a.jpg"])
-    assert main(words(listed, tmp_path / "out", server)) == 1
+    listed, out = list_of(tmp_path / "a.csv", [server.url("status", "404"), "http://10.0.0.1/a.jpg"]), tmp_path / "out"
+    assert main(words(listed, out, server)) == 1
+    assert main(["retry-failed", str(out), "--classes", "http_4xx", "--allow-private", f"127.0.0.1:{server.port}"]) == 1
+
+
+def test_names_that_cannot_be_decoded_end_in_the_ledger(tmp_path, server):
+    # An empty label, so that no name server is asked.
+    urls = ["http://xn--a..b/a.jpg", server.url("ok", 1)]
+    listed, out = list_of(tmp_path / "a.csv", urls), tmp_path / "out"
+    assert main(words(listed, out, server, "--retries", "0")) == 0
+    assert [*classes(out).values()] == ["dns", "ok"]
+
+
+def test_a_host_that_has_its_share_does_not_hold_up_the_next_part(tmp_path):
+    """24 rows of one host, which answers one at a time; those of the other host are in the next part."""
+    with HostileServer(hosts=2) as server:
+        urls = [f"http://{server.hosts[number // 24]}:{server.port}/slow/{number}" for number in range(28)]
+        listed, out = list_of(tmp_path / "a.csv", urls), tmp_path / "out"
+        options = [f"127.0.0.2:{server.port}", "--rows-per-part", "24", "--connections", "2", "--per-host", "1"]
+        assert main(words(listed, out, server, *options)) == 0
+    # Eight rows that wait are enough for two connections, but only where both may ask for them.
+    assert [*server.hits].index("/slow/24") < 12
+
+
+def test_a_disk_that_is_read_only_is_told_before_anything_is_fetched(tmp_path, server, monkeypatch):
+    listed, out = list_of(tmp_path / "a.csv", [server.url("ok", "1?read-only")]), tmp_path / "out"
+    assert main(words(listed, out, server)) == 0
+    asked, opened = server.hits.total(), Path.open
+
+    def refused(path: Path, mode: str = "r", *more, **named):
+        if out in path.parents and mode not in ("r", "rb"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, mode, *more, **named)
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"--out .*out: cannot be written: Read-only file system"):
+        main(words(listed, out, server))
+    with pytest.raises(UserError, match=r"out: files cannot be made there"):
+        main(["retry-failed", str(out), "--classes", "robots"])
+    assert server.hits.total() == asked
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "allowed"), [(1_024, 1 << 20, 4_296), (1_024, 2_000, 2_000), (8_000, 8_000, 0)]
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch, soft, hard, allowed):
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: told.append(limits))
+    download_run._allow_files(256)
+    assert told == ([(allowed, hard)] if allowed else [])
+    with pytest.raises(UserError, match=rf"--connections=\d+: needs \d+ open files, and this system allows {hard} "):
+        download_run._allow_files(hard)
 
 
 def test_a_folder_is_of_one_list(tmp_path, server):

@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 from yarl import URL
 
+from data_prep.fetching.addresses import AddressPolicy
 from data_prep.fetching.budget import Budget
 from data_prep.fetching.fetch import retry_after
 from data_prep.fetching.fetch_errors import CLASSES, RETRY_LATER, Failed
 from data_prep.fetching.hosts import TOLERATED, Hosts, Job
 from data_prep.fetching.picture_header import Header, read_header
 from data_prep.fetching.robots_tag import opt_out
-from data_prep.fetching.web_address import parse_url
+from data_prep.fetching.web_address import host_of, literal_refusal, parse_url
 from data_prep.lock import Lock
 from data_prep.sources.url_list import Row
 from limoe_dist.config.errors import UserError
@@ -78,6 +79,11 @@ def test_what_only_looks_like_a_picture_is_refused(data):
         read_header(data)
 
 
+def test_a_header_of_markers_without_end_is_refused():
+    with pytest.raises(ValueError, match="more than 10000 markers"):
+        read_header(b"\xff\xd8\xff" + b"\xff" * 20_000 + encoded("jpeg")[3:])
+
+
 def test_a_bomb_is_known_by_its_header():
     assert read_header(png_bomb()) == Header("png", 100_000, 100_000)
 
@@ -96,6 +102,8 @@ def test_a_bomb_is_known_by_its_header():
         (["otherbot: noindex, noai"], None),
         (["otherbot: noindex, limoe-dist: noai"], "noai"),
         (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], "noai"),
+        (["unavailable_after: Fri, 25 Jun 2030 15:00:00 GMT, noai"], "noai"),
+        (["unavailable_after: Friday, 25-Jun-30 15:00:00 PST, noimageai"], "noimageai"),
         (["max-snippet:20, noindex"], "noindex"),
         (["nofollow, nosnippet", ""], None),
     ],
@@ -126,11 +134,19 @@ def test_an_address_that_is_none_of_http_is_refused(text):
     assert told.value.kind == "bad_url"
 
 
+@pytest.mark.parametrize("host", ["xn--", "xn--a", "xn--0.example", "xn--a-ecp.ru"])
+def test_a_host_that_claims_to_be_encoded_is_asked_for_as_it_is_written(host):
+    """The names of IDNA that Python cannot decode: one such row of a stranger's list must not end the run."""
+    url = parse_url(f"http://{host}/a.jpg")
+    assert host_of(url) == host
+    assert literal_refusal(url, AddressPolicy()) is None
+
+
 def test_a_wait_is_told_in_seconds_or_as_a_date():
     assert retry_after("120", now=0.0) == 120
     assert retry_after("Thu, 01 Jan 1970 00:01:00 GMT", now=15.0) == 45
     assert retry_after("Thu, 01 Jan 1970 00:01:00 GMT", now=100.0) == 0
-    assert [retry_after(text, now=0.0) for text in ("", "soon", "-5", "99999-99-99")] == [0] * 4
+    assert [retry_after(text, now=0.0) for text in ("", "soon", "-5", "99999-99-99", "²")] == [0] * 5
 
 
 def test_what_may_heal_is_a_part_of_all_classes():

@@ -256,6 +256,21 @@ def test_a_jpeg_inside_of_a_tiff_is_refused():
         check_picture(encoded(photo(40, 30), "TIFF", compression="jpeg"), CAPS)
 
 
+@pytest.mark.parametrize(
+    "tags",
+    [
+        GREY_TIFF | {278: 5, 279: 50},  # one strip of five rows, and no other
+        {tag: value for tag, value in GREY_TIFF.items() if tag not in (273, 278, 279)}
+        | {322: 16, 323: 5, 324: 200, 325: 80},
+        GREY_TIFF | {277: 3, 262: 2, 284: 2},  # the plane of red, and no other
+    ],
+    ids=["strips", "tiles", "planes"],
+)
+def test_a_tiff_that_lists_a_part_of_its_pixels_is_refused(tags):
+    with pytest.raises(ValueError, match="do not cover it"):
+        check_picture(tiff(tags, bytes([77]) * 100), CAPS)
+
+
 def test_directories_of_a_tiff_that_form_a_ring_are_not_followed():
     assert same_pixels(tiff(GREY_TIFF, bytes([77]) * 100, next_directory=8))[0, 0].tolist() == [77] * 3
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from data_prep.imaging import jpeg
+from data_prep.imaging.transform import Transform, transformed
 from tests.data_prep.made_pictures import ARITHMETIC_JPEG, frames, photo
 from tests.data_prep.pictures_of import encoded
 
@@ -21,6 +22,17 @@ def test_a_layout_tells_kind_size_scans_and_end():
     found = jpeg.layout(PROGRESSIVE)
     assert (found.frame, found.scans > 5, found.end) == (0xC2, True, len(PROGRESSIVE))
     assert jpeg.layout(ARITHMETIC_JPEG).frame in jpeg.ARITHMETIC
+
+
+def test_components_of_one_number_count_each():
+    """Encoders exist that number none of them, and every decoder takes such a picture for one in colours."""
+    content = bytearray(BASELINE)
+    frame, scan = frames(BASELINE, 0xC0)[0], frames(BASELINE, 0xDA)[0]
+    for component in range(3):
+        content[frame + 10 + 3 * component] = content[scan + 5 + 2 * component] = 0
+    assert jpeg.layout(bytes(content)).components == 3
+    smaller = transformed(bytes(content), Transform(size=24)).encoded
+    assert smaller == transformed(BASELINE, Transform(size=24)).encoded
 
 
 def test_the_end_is_before_what_follows_it():

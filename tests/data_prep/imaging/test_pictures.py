@@ -8,10 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.imaging import pictures
 from data_prep.imaging.pictures import Caps, check_picture
+from data_prep.imaging.transform import Transform, transformed
+from limoe_dist.data import header
 from tests.data_prep.pictures_of import decoded, encoded, noisy
 
 CAPS = Caps(max_bytes=1_000_000, max_pixels=10_000)
+
+
+def test_what_training_would_refuse_is_not_stored_whatever_the_caps(monkeypatch):
+    assert (pictures.LARGEST_KEPT_BYTES, pictures.LARGEST_KEPT_PIXELS) == (header.MAX_ENCODED_BYTES, header.MAX_PIXELS)
+    content = encoded(noisy(1), "JPEG")  # 16 x 12
+    monkeypatch.setattr(pictures, "LARGEST_KEPT_PIXELS", 191)
+    with pytest.raises(ValueError, match="is stored with 16 x 12 pixels, more than the 191 that training reads"):
+        check_picture(content, CAPS)
+    assert transformed(content, Transform(CAPS, size=9)).width == 12
+    monkeypatch.setattr(pictures, "LARGEST_KEPT_BYTES", len(content) - 1)
+    with pytest.raises(ValueError, match=r"is stored with \d+ bytes, more than"):
+        check_picture(content, CAPS)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

@@ -65,6 +65,15 @@ def test_without_a_size_all_is_as_check_picture_does_it(kind):
     assert transformed(content, KEEP) == check_picture(content, CAPS)
 
 
+def test_a_jpeg_that_is_to_be_another_jpeg_is_never_a_png_on_the_way(monkeypatch):
+    """The PNG of a large photograph is larger than training reads: it would be refused for what nobody stores."""
+    monkeypatch.setattr("data_prep.imaging.pictures.png_bytes", lambda image: pytest.fail("made a PNG"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = transformed(encoded(photo(40, 30), "JPEG", exif=exif), replace(KEEP, encode="jpeg"))
+    assert (picture.width, picture.height, picture.converted) == (30, 40, True)
+
+
 @pytest.mark.parametrize(("kind", "magic"), [("JPEG", b"\xff\xd8"), ("PNG", b"\x89PNG"), ("BMP", b"\x89PNG")])
 def test_a_picture_made_smaller_keeps_its_kind_and_tells_what_it_was(kind, magic):
     picture = transformed(encoded(photo(200, 120), kind), replace(KEEP, size=48))

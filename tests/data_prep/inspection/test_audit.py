@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.cli import main
+from data_prep.inspection import audit_tables
 from data_prep.inspection.audit import audit
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import save_run
@@ -189,3 +190,40 @@ def test_what_is_no_run_with_a_ledger_is_told(tmp_path: Path, written: Written) 
         audit(written.folder)
     with pytest.raises(UserError, match=r"--list rows\.txt: must end in \.parquet or \.csv"):
         main(["audit", str(written.folder), "--list", "rows.txt"])
+
+
+def test_a_line_that_a_kill_cut_off_is_no_part_of_the_ledger(written: Written) -> None:
+    written.stretch(0, 12)
+    with (written.folder / "positions.jsonl").open("a") as file:
+        file.write('{"step": 2, "from_st')
+    found = audit(written.folder)
+    assert (found.faults, found.position) == ([], 12)
+
+
+def test_many_epochs_of_a_small_source_in_one_chunk_are_counted_each(written: Written) -> None:
+    written.stretch(0, 3000)
+    epochs = audit(written.folder).epochs
+    assert len(epochs) == 200
+    assert all((one.once, one.more, one.missing, one.ahead) == (one.rows, 0, 0, 0) for one in epochs)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_listing_that_was_not_finished_is_not_there(written: Written, tmp_path: Path, monkeypatch, suffix) -> None:
+    written.stretch(0, 12)
+
+    def fails(listing: object, positions: object, drawn: object, used: object) -> None:
+        raise UserError("on the way")
+
+    monkeypatch.setattr(audit_tables._Listing, "write", fails)
+    with pytest.raises(UserError, match="on the way"):
+        main(["audit", str(written.folder), "--list", str(tmp_path / "out" / f"rows.{suffix}")])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_listing_that_cannot_be_written_is_one_line(written: Written, tmp_path: Path) -> None:
+    written.stretch(0, 12)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/rows\.csv: cannot be written: (File exists|Not a directory)"):
+        main(["audit", str(written.folder), "--list", str(tmp_path / "file" / "rows.csv")])
+    with pytest.raises(UserError, match=r"file/found\.json: cannot be written: Not a directory"):
+        main(["audit", str(written.folder), "--json", str(tmp_path / "file" / "found.json")])

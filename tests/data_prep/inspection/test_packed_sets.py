@@ -66,4 +66,6 @@ def test_a_missing_manifest_in_a_store_is_one_line(store):
 def test_a_copy_ends_a_byte_behind_its_declared_size(store, temporary):
     with on_disk(f"{store}/good/shard-00000.arrow", limit_bytes=100) as path:
         assert path.stat().st_size == 101
-    assert not list(temporary.iterdir())
+        assert len(path.read_bytes()) == 101
+        # A process that is killed now leaves nothing behind.
+        assert not list(temporary.iterdir())

@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import struct
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from data_prep.cli import main
 from data_prep.inspection import shard_check, verify
@@ -16,6 +18,8 @@ from data_prep.inspection.packed_sets import open_set
 from data_prep.inspection.shard_check import ShardTask, check_shard
 from limoe_dist.config.errors import UserError
 from limoe_dist.data.manifest import Source, save_manifest, sha256_of
+from tests.data_prep.made_pictures import photo
+from tests.data_prep.pictures_of import encoded
 from tests.support.shards import damaged, picture, write_shards
 
 ROWS = 12
@@ -139,6 +143,15 @@ def test_a_key_of_two_shards_is_found_with_both_places(folder):
     assert finding == ("row-5", "2 rows: shard-00000.arrow row 0, shard-00001.arrow row 1")
 
 
+@pytest.mark.parametrize(("rows", "of"), [(10**12, 1000), (2**70, 2**70)])
+def test_a_manifest_that_declares_absurd_numbers_is_a_finding(folder, rows, of):
+    shards = manifest_of(folder).shards
+    edit_manifest(folder, rows=of, shards=(shards[0].model_copy(update={"rows": rows}), *shards[1:]))
+    found = findings(folder, sample=500)
+    assert found["rows of a shard"] == [("shard-00000.arrow", f"4 rows, but the manifest says {rows}")]
+    assert main(["stats", str(folder)]) == 0
+
+
 def test_a_shard_listed_twice_is_a_fault_of_the_manifest_and_its_keys_come_twice(folder):
     manifest = manifest_of(folder)
     edit_manifest(folder, shards=(*manifest.shards, manifest.shards[0]))
@@ -174,6 +187,23 @@ def test_rows_that_contradict_themselves_are_named(folder):
     assert found["picture that training refuses"] == [("shard-00000.arrow gif", "neither PNG nor JPEG nor WebP")]
     assert found["blank caption"][0][0] == "shard-00000.arrow c"
     assert found["rows of a shard"] == [("shard-00000.arrow", "6 rows, but the manifest says 4")]
+
+
+def test_pictures_that_training_would_misread_are_found(folder):
+    """Another packer's: DALI would drop alpha, misread CMYK and not turn."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    odd = [
+        encoded(photo(24, 24), "JPEG", exif=exif),
+        encoded(photo(24, 24).convert("RGBA")),
+        encoded(photo(24, 24), "JPEG") + b"PK",
+        encoded(photo(24, 24), "WEBP"),
+    ]
+    sums = [hashlib.sha256(content).hexdigest() for content in odd]
+    rewritten(folder, lambda rows: [{**r, "image": i, "sha256": s} for r, i, s in zip(rows, odd, sums, strict=True)])
+    found = findings(folder)
+    assert [*found] == ["picture that decoders read differently"]
+    assert len(found["picture that decoders read differently"]) == 3
 
 
 def test_what_is_only_in_the_pixels_is_found_by_decoding_alone(folder):
@@ -266,6 +296,16 @@ def test_processes_find_what_one_process_finds(folder):
     rewritten(folder, lambda rows: [{**rows[0], "key": "row-5"}, *rows[1:]])
     os.truncate(folder / "shard-00002.arrow", 1000)
     assert findings(folder, workers=2) == findings(folder, workers=1)
+
+
+def deaf_to_ctrl_c(task):
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    return check_shard(task)
+
+
+def test_processes_leave_ctrl_c_to_the_command(folder, monkeypatch):
+    monkeypatch.setattr(verify, "check_shard", deaf_to_ctrl_c)
+    assert findings(folder, workers=2) == {}
 
 
 def die_on_the_second(task):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from data_prep.cli import main
 from data_prep.imaging.filters import Filters, parse_limits
 from data_prep.imaging.pictures import Caps
 from data_prep.imaging.transform import Transform
@@ -172,6 +173,15 @@ def test_texts_of_two_folders_on_one_line_of_one_source_keep_apart(tmp_path):
         "a/line-1": ["text of a"],
         "b/line-1": ["text of b"],
     }
+
+
+def test_a_source_cannot_move_the_cursor_of_a_terminal(tmp_path, capsys):
+    rows = [{"image": "a.png", "caption": "a", "source": "\x1b[2Jname"}]
+    folder = folder_source(tmp_path / "s", rows, {"a.png": encoded(noisy(1))})
+    assert main(["pack", "--source", str(folder), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\\x1b[2Jname: 1 rows" in printed
 
 
 def test_a_run_without_a_good_row_is_an_error_and_leaves_no_manifest(tmp_path):

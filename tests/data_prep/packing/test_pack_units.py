@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from data_prep.cli import main
 from data_prep.imaging.pictures import Caps
 from data_prep.imaging.transform import Transform
 from data_prep.packing.claims import claim, door
 from data_prep.packing.pack import PackSettings, pack
 from data_prep.sources.opening import open_sources
 from data_prep.sources.source import Block, License, Source
-from data_prep.units import WHOLE, Unit
+from data_prep.units import WHOLE, Meeting, Unit
 from limoe_dist.config.errors import UserError
 from tests.data_prep.pictures_of import encoded, folder_source, noisy
 from tests.support.pack_faults import with_fault
@@ -190,6 +191,27 @@ def _session(leader):
         if int(session) == leader and state != "Z":
             found.append(process.name)
     return found
+
+
+def test_a_drop_list_that_one_rank_cannot_read_is_told_to_all_ranks(sources, tmp_path, monkeypatch):
+    """A rank that ended alone would leave the others waiting for it at their first meeting."""
+    told = []
+
+    class Meets(Meeting):
+        def all_or_none(self, work):
+            try:
+                return work()
+            except UserError as error:
+                told.append(str(error))
+                raise
+
+    monkeypatch.setattr("data_prep.units.find_meeting", Meets)
+    with pytest.raises(UserError, match="absent"):
+        main(["pack", "--source", str(sources[0]), "--out", str(tmp_path / "out"), "--drop", "absent.txt"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        main(["pack", "--source", str(sources[0]), "--out", str(tmp_path / "file")])
+    assert [error.partition(":")[0] for error in told] == ["absent.txt", f"--out {tmp_path / 'file'}"]
 
 
 def test_a_second_packer_of_the_same_unit_is_refused(sources, tmp_path):

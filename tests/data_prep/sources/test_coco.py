@@ -6,6 +6,7 @@ import pickle
 import pytest
 
 from data_prep.sources.opening import full_key, open_sources
+from data_prep.sources.picture_folder import PictureFolder
 from limoe_dist.config.errors import UserError
 
 JPG = b"\xff\xd8 picture"
@@ -23,6 +24,12 @@ def coco(folder, images, captions, pictures=("a.jpg",)):
     }
     (folder / "captions.json").write_text(json.dumps(document))
     return f"coco:{folder}/captions.json,images={folder}/train,name=coco"
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "%2e%2e/a.jpg", "b/%2E./../a.jpg", "/a.jpg", "file:///a.jpg"])
+def test_a_name_does_not_lead_out_of_a_web_servers_folder(name):
+    with pytest.raises(ValueError, match="leaves the source folder"):
+        PictureFolder("https://nobody.example/pictures").read(name)
 
 
 def rows(text):

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.sources import parquet
-from data_prep.sources.columns import Columns
+from data_prep.sources.columns import Columns, captions_of
+from data_prep.sources.files import labels_of
 from data_prep.sources.opening import open_sources
 from limoe_dist.config.errors import UserError
 
@@ -225,3 +226,27 @@ def test_the_fingerprint_follows_files_and_columns(tmp_path):
     assert opened(file, Columns(caption="b")).fingerprint() != before
     write(file, {"image": [JPG * 50], "a": ["x"], "b": ["y"]})
     assert opened(file, Columns(caption="a")).fingerprint() != before
+
+
+def test_a_name_of_a_column_that_is_no_utf_8_is_told_in_a_line(tmp_path):
+    table = pa.table({"image": [JPG], "caption": ["one"]})
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema, store_schema=False) as writer:
+        writer.write_table(table)
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes().replace(b"caption", b"capti\xff\xfe"))
+    with pytest.raises(UserError, match=r"a\.parquet: is no parquet file"):
+        opened(tmp_path / "a.parquet")
+
+
+def test_a_list_of_very_many_captions_is_refused_before_it_is_unfolded(tmp_path, monkeypatch):
+    unfolded: list[int] = []
+    monkeypatch.setattr(parquet, "captions_of", lambda texts: unfolded.append(len(texts)) or captions_of(texts))
+    captions = pa.array([["x"] * 200_000, ["one"]])
+    (refused, taken) = rows(opened(write(tmp_path / "d/a.parquet", {"image": [JPG, JPG], "captions": captions})))
+    assert (refused.problem, taken.captions) == ("has 200000 captions, more than 1000", ("one",))
+    assert unfolded == [1]
+
+
+def test_a_label_of_a_store_does_not_begin_within_the_buckets_name():
+    files = ["s3://bucket/x/1.tar", "s3://bucket/y/1.tar"]
+    assert labels_of(files, suffix=".tar") == ["x+1", "y+1"]
+    assert labels_of(["/a/xa/1.tar", "/a/xb/1.tar", "/a/1.tar"], suffix=".tar") == ["xa+1", "xb+1", "1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 
@@ -14,6 +15,8 @@ from moto.server import ThreadedMotoServer
 
 from data_prep.sources.columns import Columns
 from data_prep.sources.opening import full_key, open_sources
+from data_prep.sources.url_columns import Columns as ListColumns
+from data_prep.sources.url_list import open_list
 from limoe_dist.config.errors import UserError
 from tests.data_prep.sources.test_shards import packed
 from tests.data_prep.sources.test_shards import row as packed_row
@@ -52,6 +55,10 @@ def bucket(server, tmp_path_factory):
     images = [{"bytes": b"%d" % n, "path": None} for n in range(100)]
     pq.write_table(pa.table({"image": images, "caption": [f"c {n}" for n in range(100)]}), table, row_group_size=40)
     put("tables/a.parquet", table.getvalue())
+    listed = io.BytesIO()
+    pq.write_table(pa.table({"url": [f"http://example.com/{n}" for n in range(5_000)]}), listed, row_group_size=900)
+    put("lists/a.parquet", listed.getvalue())
+    put("lists/b.tsv.gz", gzip.compress("".join(f"http://example.com/{n}\t{n}\n" for n in range(5_000)).encode()))
     names = [f"{n:03d}.jpg" for n in range(5)]
     for name in names[:4]:
         put(f"coco/train/{name}", JPG)
@@ -118,6 +125,22 @@ def test_a_tar_and_a_table_of_a_web_server(server):
     assert [full_key(source, row) for row in found] == [f"web/a/{n}" for n in range(100)]
     with pytest.raises(UserError, match=r"absent\.tar: "):
         rows(f"{server}/data/tars/absent.tar")
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ["s3://data/lists"],
+        ["s3://data/lists/*.parquet", "s3://data/lists/b.tsv.gz"],
+        ["{web}/data/lists/a.parquet", "{web}/data/lists/b.tsv.gz"],
+        ["{web}/data/lists/a.parquet?download=true", "{web}/data/lists/b.tsv.gz?download=true"],
+    ],
+)
+def test_lists_of_addresses(places, server):
+    listed = open_list([place.format(web=server) for place in places], ListColumns())
+    found = [row for _, part in listed.parts(3_000, lambda _: True) for row in part]
+    assert [(row.number, row.url) for row in found] == [(n, f"http://example.com/{n % 5_000}") for n in range(10_000)]
+    assert all(len(mark.split()) == 2 for _, mark in listed.identity() if "s3://" in listed.files[0])
 
 
 def test_coco():

@@ -123,6 +123,8 @@ PAX = tar_bytes(member("n" * 300, b"x"), kind=tarfile.PAX_FORMAT)
         (PAX[:512] + b"99999999" + PAX[520:] + END, "a broken pax header"),
         (PAX[:512] + PAX[512:1024].replace(b" path=", b"  path=") + PAX[1024:] + END, "a broken pax header"),
         (tar_bytes(member("a", b"x", pax_headers={"size": "-5"}), kind=tarfile.PAX_FORMAT) + END, "size is no number"),
+        (LONG[:1024] + PAX + END, "a member with two long names"),
+        (LONG[:1024] + LONG + END, "a member with two long names"),
         (with_size(HARD_LINK, b"00000001000\0") + b"x" * 512 + END, "hard link with 512 bytes"),
         (tarfile.TarInfo.create_pax_global_header({"path": "all.jpg"}) + WHOLE + END, "gives all members one name"),
     ],
@@ -130,6 +132,11 @@ PAX = tar_bytes(member("n" * 300, b"x"), kind=tarfile.PAX_FORMAT)
 def test_a_tar_that_lies_is_broken(content, reason):
     with pytest.raises(BrokenTarError, match=reason):
         read(content)
+
+
+def test_a_long_name_outlives_a_pax_header_without_one():
+    pax = tar_bytes(member("a", b"x", pax_headers={"comment": "no path"}), kind=tarfile.PAX_FORMAT)
+    assert read(LONG[:1024] + pax + END) == [(b"n" * 300, b"x", "")]
 
 
 def test_a_global_header_of_another_kind_is_passed_over():

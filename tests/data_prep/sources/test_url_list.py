@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from pathlib import Path
 
+import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from data_prep.sources.url_columns import BATCH_ROWS, Columns
 from data_prep.sources.url_list import Row, open_list
 from limoe_dist.config.errors import UserError
+from limoe_dist.data import places
 
 URL = "http://example.com/{}.jpg"
 
@@ -90,6 +93,46 @@ def test_a_list_without_addresses_is_told_with_the_columns_it_has(tmp_path):
         open_list([str(file)], Columns(url="pictures"))
 
 
+def test_names_that_only_look_like_numbers_stay_texts(tmp_path):
+    file = written(tmp_path / "a.csv", f"url,uid,hex,page,low,high\n{URL.format(1)},00012,12e45678,1_000,1e-05,.5\n")
+    (row,) = rows_of(file)
+    assert row.carried == {"uid": "00012", "hex": "12e45678", "page": "1_000", "low": 1e-05, "high": 0.5}
+
+
+def test_captions_that_are_no_utf_8_are_replaced_in_parquet_too(tmp_path):
+    broken = pa.array([b"caf\xe9", b"good", None]).view(pa.string())
+    table = {"url": [URL.format(n) for n in range(3)], "text": broken.dictionary_encode(), "tag": broken}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert [(row.caption, row.carried.get("tag")) for row in rows_of(tmp_path / "a.parquet")] == [
+        ("caf\ufffd", "caf\ufffd"),
+        ("good", "good"),
+        ("", None),
+    ]
+
+
+def test_addresses_that_are_categories_are_known(tmp_path):
+    pq.write_table(pa.table({"url": pa.array([URL.format(1)]).dictionary_encode()}), tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == [Row(0, URL.format(1), "")]
+
+
+def test_names_of_columns_that_are_no_utf_8_are_told_in_a_line(tmp_path):
+    table = pa.table({"url": [URL.format(1)], "zaption": ["one"]})
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema, store_schema=False) as writer:
+        writer.write_table(table)
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes().replace(b"zaption", b"zapti\xff\xfe"))
+    with pytest.raises(UserError, match=r"a.parquet: is no parquet file: 'utf-8' codec"):
+        open_list([str(tmp_path / "a.parquet")], Columns())
+
+
+def test_huge_cells_are_not_kept(tmp_path):
+    columns = {"url": [" " + URL.format(1), "http://" + "a" * 9_000], "text": ["x" * 20_001, "x" * 20_000]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    first, second = rows_of(tmp_path / "a.parquet")
+    assert (first.url, first.caption) == (URL.format(1), "")
+    # One more than an address may have: it is refused as before.
+    assert (len(second.url), len(second.caption)) == (4_097, 20_000)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -97,6 +140,7 @@ def test_a_list_without_addresses_is_told_with_the_columns_it_has(tmp_path):
         ("a.csv", b"", "is empty"),
         ("a.csv.gz", b"this is not gzip", "cannot be read"),
         ("a.tsv", b"x" * (1 << 20), "longer than 1048576 characters"),
+        ("a.csv", "url,caption\nhttp://example.com/1.jpg,one\n".encode("utf-16"), "perhaps in UTF-16"),
         ("a.jsonl", b"{}", "the name of a list ends in"),
     ],
 )
@@ -104,6 +148,21 @@ def test_what_is_no_list_is_told_in_a_line(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=reason):
         rows_of(tmp_path / name)
+
+
+def test_a_store_that_hangs_up_is_told_in_a_line(tmp_path, monkeypatch):
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() < 100:
+                raise aiohttp.ClientPayloadError("the store hung up")
+            return super().read(size)
+
+    pq.write_table(pa.table({"url": [URL.format(n) for n in range(300)]}), tmp_path / "a.parquet")
+    listed = open_list([str(tmp_path / "a.parquet")], Columns())
+    content = (tmp_path / "a.parquet").read_bytes()
+    monkeypatch.setattr(places, "open_binary", lambda file: Failing(content))
+    with pytest.raises(UserError, match=r"a.parquet: cannot be read: the store hung up"):
+        list(listed.parts(3, lambda _: True))
 
 
 def test_a_gzip_that_is_cut_off_is_told_when_its_end_comes(tmp_path):
@@ -134,7 +193,10 @@ def test_a_list_changes_its_identity_with_its_file(tmp_path):
     assert open_list([str(file)], Columns()).identity() != before
 
 
-def test_a_list_named_twice_is_refused(tmp_path):
+def test_a_list_named_twice_is_refused(tmp_path, monkeypatch):
     file = written(tmp_path / "a.tsv", f"{URL.format(1)}\tone\n")
     with pytest.raises(UserError, match="is named twice"):
         open_list([str(file), str(tmp_path / "*.tsv")], Columns())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is named twice"):
+        open_list(["a.tsv", "*.tsv"], Columns())

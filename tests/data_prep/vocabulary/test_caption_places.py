@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 
+import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from data_prep.vocabulary.caption_places import Text, captions_of_file
 from limoe_dist.config.errors import UserError
 from tests.support.shards import write_shards
+from tests.support.store import Store
 
 
 def read(given):
@@ -62,6 +65,16 @@ def test_rows_of_another_width_and_bytes_that_are_no_utf_8_spoil_only_themselves
     assert read(file) == ["good", "\ufffd\ufffd", "last"]
 
 
+@pytest.mark.parametrize("large", ["", "large_"])
+def test_bytes_of_a_parquet_file_that_are_no_utf_8_spoil_only_themselves(tmp_path, large):
+    texts = pa.array([b"\xff\xfe", b"good", None, b"last"], getattr(pa, f"{large}binary")())
+    texts = texts.view(getattr(pa, f"{large}string")())
+    kind = pa.LargeListArray if large else pa.ListArray
+    for name, column in (("a", texts), ("b", kind.from_arrays([0, 2, 4], texts))):
+        pq.write_table(pa.table({"caption": column}), tmp_path / f"{name}.parquet")
+        assert read(tmp_path / f"{name}.parquet") == ["\ufffd\ufffd", "good", "last"]
+
+
 def test_json_lines_hold_a_text_or_a_list(tmp_path):
     lines = [{"caption": "a"}, {"captions": ["b", 3, "c"]}, {"other": 1}, {"text": "half \ud800 pair"}]
     file = wrote(tmp_path / "a.jsonl", "\n".join(json.dumps(line) for line in lines))
@@ -76,6 +89,39 @@ def test_lines_of_text_folders_patterns_and_gzip_are_read_in_order(tmp_path):
     assert read(tmp_path) == read(f"{tmp_path}/*.txt*") == ["one", "two", "three", "four"]
 
 
+def test_texts_are_read_by_url():
+    store = Store()
+    contents = {
+        "a.txt": b"one",
+        "a.txt.gz": gzip.compress(b"two"),
+        "a.jsonl": b'{"text": "three"}',
+        "a.tsv": b"four\t4\n",
+    }
+    try:
+        places = [store.put(name, content).url for name, content in contents.items()]
+        assert [read(f"{place}{':0' if place.endswith('.tsv') else ''}") for place in places] == [
+            ["one"],
+            ["two"],
+            ["three"],
+            ["four"],
+        ]
+    finally:
+        store.close()
+
+
+def test_a_store_that_fails_while_it_is_read_is_one_line(monkeypatch):
+    class Failing(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            raise aiohttp.ClientPayloadError("the answer ended early")
+
+    monkeypatch.setattr("limoe_dist.data.places.open_binary", lambda place: Failing())
+    with pytest.raises(UserError, match=r"s3://b/a.txt: cannot be read: the answer ended early"):
+        list(captions_of_file("s3://b/a.txt", ""))
+
+
 def test_shards_are_read_by_their_manifest(tmp_path):
     file = write_shards(tmp_path, rows=3, shards=2, captions={0: ["One", "two"], 1: [], 2: ["three"]}, vocab_size=None)
     assert read(file) == ["One", "two", "three"]
@@ -87,11 +133,15 @@ def test_shards_are_read_by_their_manifest(tmp_path):
         ("a.parquet", b"PAR1 no", "", "a.parquet: cannot be read"),
         ("a.csv", "x,caption_text\n1,2\n", ":caption_txt", 'no column "caption_txt"; did you mean "caption_text"'),
         ("a.csv", "x,y\n1,2\n", "", r"none of the columns caption, .*: name one, as in --text .*a.csv:x"),
+        ("a.csv", b"caf\xe9,caption\n1,2\n", "", "a.csv: cannot be read: 'utf-8' codec"),
         ("a.jsonl", "{}\n[1]\n", "", "line 2 is no object with captions"),
-        ("a.jsonl", "{}\n{", "", "line 2 is no JSON"),
+        ("a.jsonl", "{}\n\n{", "", "line 3 is no JSON"),
         ("a.jsonl", "[" * 100_000, "", "line 1 is no JSON"),
         ("a.txt", "x", ":caption", "a text file has no columns"),
         ("a.txt.gz", b"\x1f\x8b\x08 broken", "", "a.txt.gz: cannot be read"),
+        # The first block of the deflated data is of the kind that does not exist.
+        ("a.txt.gz", gzip.compress(b"x")[:10] + b"\xff" * 9, "", "a.txt.gz: cannot be read: Error -3"),
+        ("a.csv.gz", gzip.compress(b"x")[:10] + b"\xff" * 9, "", "a.csv.gz: cannot be read: Error -3"),
         ("a.zip", "x", "", "is of no known kind: its name must end with"),
     ],
 )

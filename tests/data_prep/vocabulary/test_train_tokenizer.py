@@ -7,6 +7,7 @@ import sentencepiece
 
 from data_prep.cli import main
 from data_prep.inspection.token_lengths import TokenLengths
+from data_prep.vocabulary import train_tokenizer as training
 from data_prep.vocabulary.train_tokenizer import open_captions, train_tokenizer, use_model
 from data_prep.vocabulary.vocabulary import Options
 from limoe_dist.config.errors import UserError
@@ -55,6 +56,18 @@ def test_the_manifest_names_the_model_and_keeps_the_rest(tmp_path):
     assert after.tokenizer.sha256 == manifests.sha256_of(file.parent / after.tokenizer.file)
     assert after.model_copy(update={"tokenizer": None}) == before
     assert not list(file.parent.glob(".*"))
+
+
+def test_a_model_that_does_not_fit_on_the_disk_leaves_the_old_one_and_no_part(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        training._write_model(b"new", tmp_path)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("tokenizer.model", b"old")]
 
 
 def test_the_same_captions_give_the_same_bytes(tmp_path):
@@ -143,6 +156,9 @@ def test_a_record_of_the_first_version_is_still_known(tmp_path):
     first = {name: json.loads(record.read_text())[name] for name in ("vocab_size", "shards", "sentencepiece")}
     record.write_text(json.dumps(first))
     assert train_tokenizer(file, vocab_size=64, overwrite=False).skipped
+    # The command's defaults are those of the options, or it would take its own records for others.
+    assert main(["tokenizer", "--data", str(file), "--vocab-size", "64"]) == 0
+    assert json.loads(record.read_text()) == first
 
 
 @pytest.mark.parametrize(
