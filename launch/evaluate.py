@@ -169,7 +169,8 @@ def _zeroshot(
     mesh, device, progress = of.mesh, of.device, of.progress
     classes = inputs.classes
     if classes is None and of.run.eval.classes == "trained":
-        classes = classes_of_run(of.run, ShardSet(*(entry.path for entry in entries_of(of.run.data)), data=of.run.data), of.shards)
+        trained = ShardSet(*(entry.path for entry in entries_of(of.run.data)), data=of.run.data)
+        classes = classes_of_run(of.run, trained, of.shards)
     if prompts == "auto":
         prompts = "written" if inputs.classes is None else "canonical"
     found = zeroshot_of(of.embedder(), classes=classes, prompts=prompts)
