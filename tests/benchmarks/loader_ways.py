@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ def ours(folder: Path, *, manifest: str = "shards/manifest.json") -> Iterator[in
 def cropped(folder: Path, how: str, *, stored: str = "") -> Iterator[Any]:
     """Our crops from pictures that are stored or decoded otherwise, (n, 224, 224, 3) uint8; a trial, not the loader.
 
-    whole: decode all of it, then cut. region: what the loader does. shrunk: libjpeg-turbo decodes at 1/2 or 3/4 where
-    the crop stays larger than the result. raw: uint8 pixels in the shards, nothing to decode.
+    whole: decode all of it, then cut. region: only what the crop needs. ours: that, and the loader's resize in place
+    of DALI's. shrunk: libjpeg-turbo decodes at 1/2 or 3/4 where the crop stays larger than the result. raw: uint8
+    pixels in the shards, nothing to decode.
     stored: the set of shards that is read; empty: that of the whole pictures, or of the raw ones.
     """
     import numpy as np
@@ -63,10 +65,12 @@ def cropped(folder: Path, how: str, *, stored: str = "") -> Iterator[Any]:
     from limoe_dist.config.schema import Image
     from limoe_dist.data.arrow import ShardSet
     from limoe_dist.data.augment import augment_params
+    from limoe_dist.data.resize import resized
 
+    pool = ThreadPoolExecutor(WORKERS)
     shards = ShardSet(folder / (stored or ("raw" if how == "raw" else "whole")) / "manifest.json")
     image = Image(size=SIZE, patch=16, min_crop_area=MIN_AREA)
-    encoded_kind = how in ("whole", "region")
+    encoded_kind = how in ("whole", "region", "ours")
     pipeline = Pipeline(batch_size=BATCH, num_threads=WORKERS, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         picture: Any = fn.external_source(
@@ -79,13 +83,13 @@ def cropped(folder: Path, how: str, *, stored: str = "") -> Iterator[Any]:
             fn.external_source(name=name, dtype=DALIDataType.FLOAT, ndim=1) for name in ("anchor", "shape")
         )
         crop = {"axis_names": "HW"}
-        if how == "region":
+        if how in ("region", "ours"):
             picture = fn.decoders.image_slice(picture, anchor, shape, output_type=DALIImageType.RGB, **crop)
         else:
             if how == "whole":
                 picture = fn.decoders.image(picture, output_type=DALIImageType.RGB)
             picture = fn.slice(picture, anchor, shape, **crop)
-        pipeline.set_outputs(fn.resize(picture, size=[SIZE, SIZE], antialias=True))
+        pipeline.set_outputs(picture if how == "ours" else fn.resize(picture, size=[SIZE, SIZE], antialias=True))
     pipeline.build()
     step = 0
     while True:
@@ -94,8 +98,11 @@ def cropped(folder: Path, how: str, *, stored: str = "") -> Iterator[Any]:
         rows = [shards.row(int(position) % len(shards)) for position in positions]
         pictures = [_stored(row, how, params.shape[i]) for i, row in enumerate(rows)]
         (output,) = pipeline.run(picture=pictures, anchor=params.anchor, shape=params.shape)
-        yield output.as_array()
         step += 1
+        if how == "ours":
+            yield resized([np.asarray(output[i]) for i in range(BATCH)], SIZE, pool)
+        else:
+            yield output.as_array()
 
 
 def _stored(row: Any, how: str, shape: Any) -> Any:
@@ -119,6 +126,7 @@ def differences(folder: Path) -> dict[str, dict[str, float]]:
 
     reference = next(cropped(folder, "whole")).astype(np.float64)
     ways = {
+        "ours": next(cropped(folder, "ours")),
         "trial: decode the region": next(cropped(folder, "region")),
         "trial: shrink while decoding": next(cropped(folder, "shrunk")),
         "trial: uint8 pixels in the shards": next(cropped(folder, "raw")),
