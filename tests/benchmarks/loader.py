@@ -1,6 +1,6 @@
 """Images a second into training: ours whole, bare DALI, and the pipelines that others use.
 
-python -m venv PEERS && PEERS/bin/pip install -r tests/benchmarks/requirements-peers.txt
+python -m venv PEERS && PEERS/bin/pip install -r tests/benchmarks/requirements-pipelines.txt
 python -m tests.benchmarks.loader --peer PEERS/bin/python --out docs/measured/loader.json
 
 JPEGs of 384 pixels, random resized crops of 224, two cores; each way in a process of its own, in turn, medians.
