@@ -3,10 +3,10 @@
     python -m tests.benchmarks.download --peer PYTHON --out docs/measured/download.json
 
 PYTHON has tests/benchmarks/requirements-pipelines.txt installed. The server runs in a process of its own and serves
-JPEGs of 20 to 60 kB as fast as it can. Both sides write WebDataset tars of the pictures as they came, with as many connections
-(img2dataset: threads) and parts of the same size. img2dataset runs with 1 and with 2 processes, and once as it is
-used most, with its resize to 256; its faster setting counts. A run is a whole command, start and end included; the same
-commands for eight pictures tell what starting takes, and the rates without that are there too.
+JPEGs of 20 to 60 kB as fast as it can. Both sides write WebDataset tars of the pictures as they came, with as many
+connections (img2dataset: threads) and parts of the same size. img2dataset runs with 1 and with 2 processes, and once
+as it is used most, with its resize to 256; its faster setting counts. A run is a whole command, start and end
+included; the same commands for eight pictures tell what starting takes, and the rates without that are there too.
 """
 
 from __future__ import annotations
