@@ -30,9 +30,9 @@ from PIL import Image
 
 from data_prep.imaging.pictures import Caps
 from data_prep.imaging.transform import Transform, smaller_size, transformed
+from tests.support.photographs import photograph
 
 SIZE, QUALITY = 256, 90
-SIDES = (512, 800)
 CAPS = Caps(max_bytes=20_000_000, max_pixels=32_000_000)
 OURS = Transform(CAPS, size=SIZE, quality=QUALITY)
 DAMAGED = 8
@@ -163,28 +163,6 @@ WAYS = {
     "OpenCV reduced + area": Way(("opencv-python-headless",), _opencv, _opencv_encode, lambda image: image[..., ::-1]),
     "pyvips thumbnail": Way(("pyvips", "pyvips-binary"), _vips, _vips_encode, lambda image: image.numpy()),
 }
-
-
-def photograph(seed: int) -> bytes:
-    """A JPEG of 512 to 800 pixels a side, quality 85 to 95: clouds of many sizes, discs with edges, camera noise."""
-    random_ = np.random.default_rng(seed)
-    width, height = (int(side) for side in random_.integers(SIDES[0], SIDES[1] + 1, 2))
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    pixels = np.full((height, width, 3), 128, np.float32)
-    for scale in (4, 16, 64, 128):
-        for channel in range(3):
-            coarse = random_.standard_normal((height // scale + 2, width // scale + 2)).astype(np.float32)
-            cloud = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-            pixels[..., channel] += np.asarray(cloud) * 1.5 * scale**0.7
-    for _ in range(25):
-        left, top, radius = random_.uniform(0, width), random_.uniform(0, height), random_.uniform(5, 90)
-        disc = (x - left) ** 2 + (y - top) ** 2 * random_.uniform(0.3, 3) < radius**2
-        pixels[disc] += random_.uniform(-70, 70, 3)
-    pixels += random_.normal(0, 3, (height, width, 1)) + random_.normal(0, 1.5, (height, width, 3))
-    file = io.BytesIO()
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    image.save(file, "JPEG", quality=int(random_.integers(85, 96)))
-    return file.getvalue()
 
 
 def exact(encoded: bytes, wanted: Size) -> Any:
