@@ -17,21 +17,12 @@ from data_prep.imaging.pictures import Caps, check_picture, limit_pillow, rgb_pi
 from data_prep.inspection.findings import Findings
 from data_prep.inspection.packed_sets import on_disk
 from limoe_dist.config.errors import UserError
+from limoe_dist.data.arrow import TYPES
 from limoe_dist.data.header import MAX_ENCODED_BYTES, MAX_PIXELS, declared_size
 from limoe_dist.data.manifest import COLUMNS, Shard, sha256_of
 
 CAPS = Caps(max_bytes=MAX_ENCODED_BYTES, max_pixels=MAX_PIXELS)
 """What training reads."""
-TYPES = {
-    "key": (pa.string(),),
-    "image": (pa.binary(), pa.large_binary()),
-    "captions": (pa.list_(pa.string()),),
-    "concept": (pa.string(),),
-    "width": (pa.int32(),),
-    "height": (pa.int32(),),
-    "sha256": (pa.string(),),
-    "source": (pa.string(),),
-}
 _MOST_SOURCES = 10_000
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MOST_OPEN = 64
 """Shards that stay mapped, where nobody asks for more."""
 
-_TYPES = {
+TYPES = {
     "key": (pa.string(),),
     "image": (pa.binary(), pa.large_binary()),
     "captions": (pa.list_(pa.string()),),
@@ -33,6 +33,7 @@ _TYPES = {
     "sha256": (pa.string(),),
     "source": (pa.string(),),
 }
+"""Of each column of a shard: what it may be; the first is what pack writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +204,9 @@ class _Shard:
             index = schema.get_field_index(name)
             if index < 0:
                 raise UserError(f'{self.path}: no column "{name}"; a shard has {", ".join(COLUMNS)}: pack again')
-            if schema.field(index).type not in _TYPES[name]:
+            if schema.field(index).type not in TYPES[name]:
                 raise UserError(
-                    f'{self.path}: column "{name}" is {schema.field(index).type}, not {_TYPES[name][0]}: pack again'
+                    f'{self.path}: column "{name}" is {schema.field(index).type}, not {TYPES[name][0]}: pack again'
                 )
 
     def row(self, index: int, *, number: int, shard: int) -> Row:

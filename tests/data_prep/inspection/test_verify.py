@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_prep.cli import main
-from data_prep.inspection import shard_check, verify
+from data_prep.inspection import verify
 from data_prep.inspection.packed_sets import open_set
 from data_prep.inspection.shard_check import ShardTask, check_shard
 from limoe_dist.config.errors import UserError
@@ -361,9 +361,3 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"rows": 1, "shards": [{"file": "../x"}]}')
     with pytest.raises(UserError, match="must be a plain file name inside"):
         open_set(str(tmp_path))
-
-
-def test_the_types_are_those_that_training_reads():
-    from limoe_dist.data import arrow
-
-    assert {name: tuple(types) for name, types in arrow._TYPES.items()} == shard_check.TYPES
