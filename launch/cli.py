@@ -11,6 +11,7 @@ from limoe_dist.config.errors import UserError, nearest
 
 COMMANDS = {
     "train": ("launch.train", "train a preset on Arrow shards, or go on with --resume RUN"),
+    "ended": ("launch.ended", "how the last start of a run ended, as an exit status for scripts"),
     "eval": ("launch.evaluate", "zero-shot, few-shot, retrieval and contrastive accuracy of a trained run"),
     "analyze": ("launch.analyze", "which expert serves what: routing of a trained run, for the report"),
     "report": ("launch.report", "write one HTML page about a run"),
@@ -20,6 +21,10 @@ COMMANDS = {
     "checkpoint": ("launch.checkpoint", "list, show, verify and remove the checkpoints of a run"),
     "plan": ("launch.plan", "parameters, memory and layout of a preset, without training"),
     "verify": ("launch.verify", "prove that a layout computes what one process computes"),
+    "submit": ("launch.submit", "a training run as a job of Slurm, checked before it waits"),
+    "submit-prep": ("launch.submit_prep", "preparation of data as an array of Slurm jobs"),
+    "status": ("launch.status", "how a run is: its jobs, step, ETA, faults; from its files and from Slurm"),
+    "job": ("launch.job", "what a job script asks before and after training"),
     "prep": ("data_prep.cli", "from public data to Arrow shards and a vocabulary"),
     "doctor": ("launch.doctor", "what of this machine limoe-dist can use"),
 }
@@ -66,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.told_by is None or str(error.told_by) == rank:
             for line in str(error).splitlines():
                 print(f"limoe: error: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from launch import probes
-from launch.probes import Finding
+from launch.probes.finding import SETUP, Finding, Probe, examine
 from limoe_dist.config.errors import UserError, nearest
 
-OPTIONS = ("--json", "--help", "-h")
+OPTIONS = ("--quick", "--json", "--help", "-h")
 
 USAGE = """\
-usage: limoe doctor [--json]
+usage: limoe doctor [--quick] [--json]
 
 Prints a table of what training, data preparation and clusters use: ok, or missing with what one loses and how
-to get it. What training cannot do without is then marked `needed`. Changes nothing and uses no network.
+to get it. What training cannot do without is then marked `needed`. Changes nothing, and asks nobody but Slurm's
+controller, where there is Slurm.
 
+  --quick  for health checks: only what training needs, by looking; imports nothing, starts nothing, asks nobody
   --json   print one JSON object: {"can_train": ..., "findings": [...]}
 
 exit status: 0 where training can run, 1 where it cannot"""
@@ -32,12 +34,12 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
-    return diagnose(probes.ALL, as_json="--json" in argv)
+    return diagnose(probes.QUICK if "--quick" in argv else probes.ALL, as_json="--json" in argv)
 
 
-def diagnose(checks: Sequence[Callable[[], list[Finding]]], *, as_json: bool) -> int:
+def diagnose(checks: Sequence[Probe], *, as_json: bool) -> int:
     """Prints what the checks find; 0 where nothing that training needs is missing, else 1."""
-    findings = probes.examine(checks)
+    findings = examine(checks)
     lacking = [finding.name for finding in findings if finding.needed and finding.status == "missing"]
     if as_json:
         content = {"can_train": not lacking, "findings": [asdict(finding) for finding in findings]}
@@ -57,7 +59,7 @@ def _print_table(findings: Sequence[Finding]) -> None:
         # A bare machine: the same rows as plain lines.
         for one in findings:
             print(f"{one.status:<8}{one.name:<10} {one.found}{'; lost: ' + one.loss if one.loss else ''}")
-        print(f"rich is not installed, hence no table: {probes.SETUP}", file=sys.stderr)
+        print(f"rich is not installed, hence no table: {SETUP}", file=sys.stderr)
         return
     table = Table()
     for column in ("", "status", "found, or looked for", "what one loses, how to get it"):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.probes import cpu_model
+from launch.probes.machine import cpu_model
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import load_run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from launch.launchers import VARIABLE, Launcher
 from launch.named import listing, run_named
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import load_run
@@ -18,6 +18,7 @@ from limoe_dist.config.rules import check, fit_microbatches
 from limoe_dist.config.schema import CountOrZero, Data, Run
 from limoe_dist.data.manifest import load_manifest
 from limoe_dist.data.mixture import absolute, crowded, files_of, load_manifests
+from limoe_dist.train.preemption import StopFlag, status_after
 
 USAGE = """\
 usage: limoe train PRESET|RECIPE|FILE.json --data MANIFEST --out RUN [--ranks N] [any setting]
@@ -31,15 +32,16 @@ changed is `limoe train runs/first/run.json --out runs/second --optim.lr 5e-4`.
 
 `limoe train PRESET --help` lists every setting with the value that it has there.
 
-Ctrl-C and SIGTERM save a checkpoint and end; `--resume RUN` goes on from there. --ranks waits train.stop_grace_s
-seconds for that save. Under torchrun, whose own limit is 30 s, pass `--shutdown-timeout 120` to torchrun; it has a
-status and a traceback of its own for a signal.
+Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save a checkpoint and end; `--resume RUN` goes on from there. --ranks waits
+train.stop_grace_s seconds for that save, with each --launcher. Started by hand, launchers have limits and statuses of
+their own (docs/launchers.md): under torchrun pass `--shutdown-timeout 120`, and ask `limoe ended RUN` for the status.
 
 --resume goes on on any number of ranks that can share the batch: microbatches are fitted to it, so that no more pairs
 are in memory at once than before (--train.microbatch-pairs decides otherwise); where they no longer divide, give
 --parallel.tp and --parallel.ep.
 
-exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 130 or 143 saved after Ctrl-C or SIGTERM"""
+exit status: 0 done, 1 failed, 2 a setting or file that you can mend, 3 stopped by its guard, 130 or 143 saved after
+Ctrl-C or SIGTERM, 75 saved after SIGUSR1 or SIGUSR2, which schedulers send before a time limit: to be gone on with"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class TrainCommand:
     --train.init-from. Positions are resized to another image.size or text.length."""
     ranks: int = field(default=1)
     """Ranks to start on this machine; under torchrun, Slurm or MPI the launcher decides."""
+    launcher: Launcher = "torchrun"
+    """What starts the ranks of --ranks."""
     stop_after: CountOrZero = 0
     """End with a checkpoint after this optimizer step; 0: train to train.steps."""
 
@@ -65,7 +69,8 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(listing=listing()))
         return 0 if argv else 2
-    command, run = _parse(argv)
+    stop = StopFlag().watch_early()
+    command, run = parse(argv)
     out, resume = Path(command.resume or command.out), bool(command.resume)
 
     from limoe_dist.parallel.place import discover
@@ -74,22 +79,24 @@ def main(argv: list[str]) -> int:
     alone, problem = place.found_by == "alone", ""
     world = command.ranks if alone else place.world
     try:
-        if resume and not _given("--train.microbatch-pairs", argv):
-            run = _fitted(run, out, world=world, tells=world == 1 if alone else place.rank == 0)
-        _check(run, out, world=world, resume=resume, alone=alone)
+        if resume and not given("--train.microbatch-pairs", argv):
+            run = fit_to_ranks(run, out, world=world, tells=world == 1 if alone else place.rank == 0)
+        check_start(run, out, world=world, resume=resume, alone=alone)
     except UserError as error:
         if alone:
             raise
         # Ranks that were started from outside meet first, to tell it once.
         problem = str(error)
     if alone and command.ranks > 1:
-        return _start_ranks(argv, run, out, ranks=command.ranks, stop_after=command.stop_after)
-    # torchrun takes a worker's status other than 0 for a fault and would say so at length.
-    quiet = place.found_by == "torchrun"
-    return _train(run, out, resume=resume, stop_after=command.stop_after or None, quiet=quiet, problem=problem)
+        return _start_ranks(argv, run, out, command, stop)
+    # torchrun makes 1 of any status, and tells of a fault at length.
+    quiet = VARIABLE in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    return _train(
+        run, out, resume=resume, stop_after=command.stop_after or None, quiet=quiet, problem=problem, stop=stop
+    )
 
 
-def _check(run: Run, out: Path, *, world: int, resume: bool, alone: bool) -> None:
+def check_start(run: Run, out: Path, *, world: int, resume: bool, alone: bool) -> None:
     """What can be checked before a rank starts. Raises UserError."""
     from limoe_dist.train.folder import new_run_problem, resume_problems
 
@@ -111,7 +118,7 @@ def _check(run: Run, out: Path, *, world: int, resume: bool, alone: bool) -> Non
         raise UserError("\n".join(problems))
 
 
-def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
+def parse(argv: list[str]) -> tuple[TrainCommand, Run]:
     """The command line on top of a preset, a recipe or a run.json, or of the run.json of a run that goes on."""
     resumed = _value_of("--resume", argv)
     if argv[0].startswith("-"):
@@ -142,7 +149,7 @@ def _parse(argv: list[str]) -> tuple[TrainCommand, Run]:
     run = run.model_copy(update={"data": absolute(_trained_on(run.data, command.data, options))})
     if not command.out:
         raise UserError("--out is missing: a new directory for the run")
-    if command.init_from and not _given("--train.init-from", options):
+    if command.init_from and not given("--train.init-from", options):
         run = run.model_copy(update={"train": run.train.model_copy(update={"init_from": ""})})
     return command, _begun_from(run, command.init_from)
 
@@ -156,14 +163,14 @@ def _trained_on(data: Data, manifest: str, options: list[str]) -> Data:
             "--data is missing: the manifest.json that `limoe prep pack` wrote; several: --data.mixture "
             "MANIFEST=WEIGHT MANIFEST=WEIGHT"
         )
-    if _given("--data.manifest", options) and manifest != data.manifest:
+    if given("--data.manifest", options) and manifest != data.manifest:
         raise UserError(f"--data {manifest} and --data.manifest {data.manifest} differ: give one of them")
-    if _given("--data.mixture", options):
+    if given("--data.mixture", options):
         raise UserError(f"--data {manifest} and --data.mixture both say what to train on: leave out --data")
     return data.model_copy(update={"manifest": manifest, "mixture": ()})
 
 
-def _fitted(run: Run, out: Path, *, world: int, tells: bool) -> Run:
+def fit_to_ranks(run: Run, out: Path, *, world: int, tells: bool) -> Run:
     """The resumed run with microbatches for `world` ranks, where another number of ranks saved it."""
     from limoe_dist.checkpoint.catalog import checkpoints, latest_checkpoint
     from limoe_dist.checkpoint.state import read_state
@@ -201,29 +208,20 @@ def _begun_from(run: Run, init_from: str) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update={"init_from": str(folder)})})
 
 
-def _start_ranks(argv: list[str], run: Run, out: Path, *, ranks: int, stop_after: int) -> int:
+def _start_ranks(argv: list[str], run: Run, out: Path, command: TrainCommand, stop: StopFlag) -> int:
     """The same command on ranks of this machine; its status tells how the run ended, not only how the ranks did."""
-    from launch.ranks import run_local
+    from launch.launchers import start_ranks, status_of
     from limoe_dist.train.folder import ENDED, read_end
 
     (out / ENDED).unlink(missing_ok=True)
-    status = run_local(["train", *argv], ranks=ranks, threads=run.parallel.threads, grace_s=run.train.stop_grace_s)
-    ended = read_end(out)
-    if ended is not None and ended.signal:
-        return 128 + ended.signal
-    if ended is None and status > 128:
-        if status - 128 in (signal.SIGINT, signal.SIGTERM):
-            print(
-                f"limoe: error: the ranks were ended by signal {status - 128} before they had saved; the newest "
-                "checkpoint, if any, stands "
-                f"(train.stop_grace_s={run.train.stop_grace_s:g} is how long a save may take after a stop)",
-                file=sys.stderr,
-            )
-        return 1
-    return status
+    ranks, threads, grace_s = command.ranks, run.parallel.threads, run.train.stop_grace_s
+    finished = start_ranks(
+        command.launcher, ["train", *argv], ranks=ranks, threads=threads, grace_s=grace_s, early=stop
+    )
+    return status_of(finished, read_end(out), grace_s=grace_s)
 
 
-def _given(option: str, argv: list[str]) -> bool:
+def given(option: str, argv: list[str]) -> bool:
     """Whether a setting is on the command line; tyro takes - and _ for the same."""
     return any(word.split("=")[0].replace("_", "-") == option for word in argv)
 
@@ -237,16 +235,22 @@ def _value_of(option: str, argv: list[str]) -> str | None:
     return None
 
 
-def _train(run: Run, out: Path, *, resume: bool, stop_after: int | None, quiet: bool, problem: str) -> int:
+def _train(
+    run: Run, out: Path, *, resume: bool, stop_after: int | None, quiet: bool, problem: str, stop: StopFlag
+) -> int:
     from launch.ranks import agreement
     from limoe_dist.parallel.bootstrap import start
+    from limoe_dist.train.faults import fault_file
     from limoe_dist.train.loop import train
 
     files = {"data.validation": run.data.validation, "data.tokenizer": run.data.tokenizer}
     options = {"--resume": resume, "--stop-after": stop_after}
     agree = agreement(run, files=files_of(run.data) | files, options=options)
-    with start(run.parallel, os.environ, agree=agree, problem=problem) as (mesh, device):
-        outcome = train(run, out, mesh=mesh, device=device, resume=resume, stop_after=stop_after)
+    with start(run.parallel, os.environ, agree=agree, problem=problem, on_fault=fault_file(out, os.environ)) as (
+        mesh,
+        device,
+    ):
+        outcome = train(run, out, mesh=mesh, device=device, resume=resume, stop_after=stop_after, stop=stop)
         if mesh.rank == 0:
             done = outcome.step == run.train.steps
             print(
@@ -256,4 +260,4 @@ def _train(run: Run, out: Path, *, resume: bool, stop_after: int | None, quiet: 
                 + (f" --ranks {mesh.world.size}" if mesh.world.size > 1 else "")
             )
             sys.stdout.flush()
-    return 128 + outcome.signal if outcome.signal and not quiet else 0
+    return 0 if quiet else status_after(outcome.signal)

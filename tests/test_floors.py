@@ -30,7 +30,7 @@ ALLOWED = {
     "limoe_dist.eval": BELOW_3,
     "limoe_dist.analysis": BELOW_3,
     "limoe_dist.train": BELOW_4,
-    "launch": (*BELOW_4, "limoe_dist.train"),
+    "launch": (*BELOW_4, "limoe_dist.train", "slurm"),
     "slurm": ("limoe_dist.config", "limoe_dist.data.manifest"),
     "data_prep": ("limoe_dist.config", "limoe_dist.data"),
 }

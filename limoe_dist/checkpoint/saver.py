@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +173,13 @@ class Saver:
             f"training waited {waited_s:.2f} s)"
         )
         if self.settings.read_back:
-            self._job = Job(lambda: self._read_back(target, entries), "save")
+            # Where ranks are on several hosts, most files come from another one, through the file system's server.
+            world = self.mesh.world.size
+            mine = entries[(self.mesh.rank + world // 2) % world]
+            self._job = Job(partial(_read_back, target, mine, first), "save")
             yield
-        leftovers = self._leftovers
-        self._job = Job(lambda: self._retire(target, leftovers), "save") if first else None
+        retire = partial(_retire, self.run_dir, target, self.settings, self._leftovers, self.check_owner)
+        self._job = Job(retire, "save") if first else None
         yield
 
     def _write(self, folder: Path) -> File:
@@ -204,25 +208,6 @@ class Saver:
         _wait_until_seen(folder, entries)
         commit(folder, target, state, entries)
 
-    def _read_back(self, target: Path, entries: tuple[File, ...]) -> None:
-        # Where ranks are on several hosts, most files come from another one, through the file system's server.
-        world = self.mesh.world.size
-        mine = [entries[(self.mesh.rank + world // 2) % world]]
-        if self.mesh.rank == 0:
-            mine += [file for file in read_manifest(target).files if file.name == STATE]
-        if problems := verify(target, mine):
-            raise Damaged(f"read back, {problems[0]}")
-
-    def _retire(self, target: Path, leftovers: list[Path]) -> None:
-        self.check_owner()
-        if self.settings.read_back:
-            catalog.note_verified(target)
-        keep, keep_every = self.settings.keep, self.settings.keep_every
-        try:
-            catalog.retire(self.run_dir, keep=keep, keep_every=keep_every, leftovers=leftovers)
-        except OSError as error:  # the new checkpoint is whole all the same
-            warn(f"old checkpoints stay: {_told(error, target.parent)}")
-
     def _give_up(self, *, fatal: bool) -> None:
         """Ends a save that failed on some rank. Raises UserError on all ranks where training should not go on."""
         job, folder, whole = self._job, self._folder, self._whole
@@ -242,6 +227,28 @@ class Saver:
                 raise UserError(self.failure, told_by=error.told_by) from None
             if self.mesh.rank == error.told_by:
                 warn(f"{self.failure}; training goes on, and the next save will be tried")
+
+
+# A run that is told to stop does not wait for the next two: their threads hold nothing of the mesh. The last to hold a
+# process group would end it while the interpreter ends, and the process with "terminate called".
+
+
+def _read_back(target: Path, mine: File, first: bool) -> None:
+    state = [file for file in read_manifest(target).files if file.name == STATE] if first else []
+    if problems := verify(target, [mine, *state]):
+        raise Damaged(f"read back, {problems[0]}")
+
+
+def _retire(
+    run_dir: Path, target: Path, settings: Checkpoint, leftovers: list[Path], check_owner: Callable[[], None]
+) -> None:
+    check_owner()
+    if settings.read_back:
+        catalog.note_verified(target)
+    try:
+        catalog.retire(run_dir, keep=settings.keep, keep_every=settings.keep_every, leftovers=leftovers)
+    except OSError as error:  # the new checkpoint is whole all the same
+        warn(f"old checkpoints stay: {_told(error, target.parent)}")
 
 
 def commit(folder: Path, target: Path, state: State, entries: tuple[File, ...]) -> None:

@@ -36,6 +36,8 @@ class State(BaseModel):
     """The next position of the data order: with `quarantined` the whole state of the input pipeline."""
     quarantined: tuple[tuple[_Count, _Count], ...] = ()
     """Positions that the run jumps over, as rising ranges (first, end); see limoe_dist/data/order.py."""
+    losses: tuple[float, ...] = Field(default=(), max_length=4096)
+    """Those that the next step's loss is compared with, oldest first; see limoe_dist/train/guard.py."""
     settings: dict[str, Any]
     """Those that decide results, by dotted name; see config.parse.decisive."""
     fingerprint: str

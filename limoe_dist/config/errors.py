@@ -7,16 +7,19 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 
+from limoe_dist.config.exit_codes import MEND
+
 
 class UserError(Exception):
     """Names the setting or file, its value, the rule and the fix; shown without a traceback.
 
     told_by: where all ranks raise together, the rank that shows it; None: whoever raises it shows it.
+    status: the exit status of the command; see exit_codes.
     """
 
-    def __init__(self, text: str, *, told_by: int | None = None) -> None:
+    def __init__(self, text: str, *, told_by: int | None = None, status: int = MEND) -> None:
         super().__init__(text)
-        self.told_by = told_by
+        self.told_by, self.status = told_by, status
 
 
 def warn(text: str) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from limoe_dist.config.errors import UserError, nearest
 from limoe_dist.config.presets import TWINS, base_names, names, preset
@@ -31,9 +31,15 @@ def preset_named(name: str, *, recipes: Collection[str] = ()) -> Run:
     raise UserError(f'unknown preset "{name}"{nearest(name, [*names(), *recipes])} ({offered})')
 
 
+class _RunFile(Run):
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Of the start that wrote it; see environment.captured."""
+
+
 def load_run(path: Path) -> Run:
     """Reads a run.json. Raises UserError for a missing file, text that is not JSON, unknown keys and wrong values."""
-    return parse_model(Run, path)
+    found = parse_model(_RunFile, path)
+    return Run(**{name: getattr(found, name) for name in Run.model_fields})
 
 
 def parse_model(kind: type[T], path: Path) -> T:
@@ -86,8 +92,10 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def save_run(run: Run, path: Path) -> None:
-    write_atomically(path, run.model_dump_json(indent=2) + "\n")
+def save_run(run: Run, path: Path, *, environment: Mapping[str, str] | None = None) -> None:
+    """Writes a run.json; with the environment of the start that writes it, where that is given."""
+    content = run.model_dump(mode="json") | ({} if environment is None else {"environment": dict(environment)})
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 _INDIFFERENT = {
@@ -98,8 +106,11 @@ _INDIFFERENT = {
 
 
 def decisive(run: Run) -> dict[str, Any]:
-    """The settings that decide a run's results, by dotted name: not paths, layout, logging or saving."""
-    content = run.model_dump(mode="json", exclude={"preset", "data", "parallel", "log", "checkpoint", "eval"})
+    """The settings that decide a run's results, by dotted name: not paths, layout, logging or saving.
+
+    Nor those of the guard: a person may change them when they are needed, and what it did is in its ledger.
+    """
+    content = run.model_dump(mode="json", exclude={"preset", "data", "parallel", "log", "checkpoint", "guard", "eval"})
     for section, indifferent in _INDIFFERENT.items():
         for name in indifferent:
             content[section].pop(name)

@@ -282,15 +282,47 @@ class Checkpoint(Section):
     """Read each checkpoint back after it was written and compare its checksums, before an older one is removed."""
 
 
+class Guard(Section):
+    """What a run does about its own numbers. The defaults are this project's: the paper gives none."""
+
+    non_finite: Literal["skip", "rollback", "stop"] = "skip"
+    """The loss or the gradient is not finite. skip: leave this batch out; weights, moments and schedule stay as they
+    are. rollback: go back to the newest checkpoint, and pass over guard.rollback_batches. stop: end with status 3.
+    Whatever is chosen, such a gradient never reaches the weights."""
+    spike: Literal["off", "note", "skip", "rollback", "stop"] = "note"
+    """The loss is far above the last ones: by guard.spike_z. note: a line in RUN/guard.jsonl, and training goes on."""
+    collapse: Literal["off", "note", "rollback", "stop"] = "note"
+    """guard.collapse_lines lines of metrics in a row tell of a block where a modality gets too few slots, or where too
+    many experts get no token."""
+    spike_z: Positive = 8.0
+    """Robust z-score from which a loss is a spike: (loss - median) / (1.4826 x median distance from the median)."""
+    spike_window: Annotated[int, Field(ge=8, le=4096)] = 128
+    """Steps whose losses are compared; judged as soon as a quarter of them, at least 8, are there."""
+    min_success: Fraction = 0.3
+    """A modality has collapsed where fewer of its tokens than this share get a slot; 0: never."""
+    max_dead_frac: Fraction = 0.75
+    """A block has collapsed where more of its experts than this share get no token of either modality; 1: never."""
+    collapse_lines: Count = 5
+    """Lines of metrics, of log.every_steps each."""
+    rollback_batches: Count = 16
+    """Batches that are passed over after going back: the one that was found, and those before it."""
+    max_skips: Count = 16
+    """The run stops when so many batches in a row were left out."""
+    max_rollbacks: Count = 3
+    """The run stops when it would go back to the same checkpoint more often than this."""
+
+
 class Log(Section):
     every_steps: Count = 10
     """Steps between two lines of metrics.jsonl and TensorBoard; each is the mean over the steps between."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    straggler_factor: Annotated[float, Field(ge=1.0)] = 1.5
+    """A rank that works more than so many times as long for a step as the median rank is named."""
 
 
 class Run(Section):
-    """The whole of a run; run.json holds exactly this."""
+    """The whole of a run; run.json holds this, and beside it the `environment` of the last start."""
 
     preset: str = ""
     """The preset that this run was made from."""
@@ -304,6 +336,7 @@ class Run(Section):
     train: Train = Train()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     log: Log = Log()
 
     @property

@@ -162,6 +162,17 @@ Ranges = Sequence[tuple[int, int]]
 """Positions (first, end), rising and apart."""
 
 
+def joined(ranges: Ranges) -> tuple[tuple[int, int], ...]:
+    """The positions that lie in any of the ranges, as ranges that rise and are apart; the given ones may overlap."""
+    found: list[tuple[int, int]] = []
+    for first, end in sorted(ranges):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((first, end))
+    return tuple(found)
+
+
 def positions_of(pairs: Ints, quarantined: Ranges) -> Ints:
     """The position of the run's first, second, ... pair: pair p of a run without quarantined ranges is position p.
 

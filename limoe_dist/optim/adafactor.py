@@ -29,6 +29,8 @@ from limoe_dist.parallel.placement import Placement, Shard
 
 TINY = 1e-30
 """Added to squared gradients: an update without gradient is 0 and not 0 / 0."""
+LEAST = 1e-38
+"""What no second moment is below after its first step, for the steps that are left out before: 0 / 0 again."""
 
 
 class Adafactor:
@@ -52,20 +54,46 @@ class Adafactor:
         self._rounds = _rounds([matrix for part in self._parts for matrix in part.matrices.values()])
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """One update with the gradients as they are; `rate` is the learning rate of this step. A collective."""
+    def step(self, rate: float, keep: Tensor | None = None) -> None:
+        """One update with the gradients as they are; `rate` is the learning rate of this step. A collective.
+
+        keep: where this scalar is 0, weights and moments stay as they are, whatever the gradients hold.
+        """
         pace = 1 - min(self.optim.max_decay, 1 - (self.steps + 1) ** -self.optim.decay_exponent)
+        like = self._parts[0].weight_L
+        pulse = _Pulse.of(
+            like.new_ones(()) if keep is None else keep, pace=pace, fade=self.optim.beta1, rate=rate, like=like
+        )
         found: dict[_Average, Tensor] = {}
         for part in self._parts:
-            found |= part.look(pace)
-        means = _take_in(self._rounds, found, pace)
+            found |= part.look(pulse)
+        means = _take_in(self._rounds, found, pulse.pace)
         for part in self._parts:
-            part.update(means, rate=rate)
+            part.update(means, pulse)
         self.steps += 1
 
     def shards(self) -> dict[str, Shard]:
         """`adafactor/momentum/NAME`, with `second/NAME` or, where it is factored, `row/NAME` and `column/NAME`."""
         return {f"adafactor/{name}": shard for part in self._parts for name, shard in part.shards().items()}
+
+
+@dataclass(frozen=True)
+class _Pulse:
+    """How far a step moves things, as scalars on the device; where it is left out, nothing moves."""
+
+    left_out: Tensor
+    """bool."""
+    pace: Tensor
+    """Of second moments to this step's squares."""
+    fade: Tensor
+    """What is left of the momentum."""
+    rate: Tensor
+
+    @staticmethod
+    def of(keep: Tensor, *, pace: float, fade: float, rate: float, like: Tensor) -> _Pulse:
+        one = keep.to(like)
+        left_out = one == 0
+        return _Pulse(left_out, one * pace, like.new_full((), fade).masked_fill(left_out, 1.0), one * rate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,33 +180,34 @@ class _Part:
             else:
                 self.matrices[number] = matrix
 
-    def look(self, pace: float) -> dict[_Average, Tensor]:
+    def look(self, pulse: _Pulse) -> dict[_Average, Tensor]:
         """Takes this step's squares into the moments that are not factored; this rank's shares of the averages."""
+        # Nothing times what is not finite is not nothing.
+        self.grad_L.masked_fill_(pulse.left_out, 0.0)
         torch.square(self.grad_L, out=self.scratch_L).add_(TINY)
-        if self.seconds:
-            torch._foreach_lerp_(list(self.seconds.values()), [self.scratch[number] for number in self.seconds], pace)
+        _move(list(self.seconds.values()), [self.scratch[number] for number in self.seconds], pulse.pace)
         averages = [(number, each) for number, matrix in self.matrices.items() for each in (matrix.row, matrix.column)]
         shares = _shares([(self.scratch[number], average) for number, average in averages])
         return dict(zip((average for _, average in averages), shares, strict=True))
 
-    def update(self, means: dict[_Matrix, Tensor], *, rate: float) -> None:
+    def update(self, means: dict[_Matrix, Tensor], pulse: _Pulse) -> None:
         """means: of all squares of a matrix, with dims d0 and d1 of length 1."""
-        self.momentum_L.mul_(self.optim.beta1)
+        self.momentum_L.mul_(pulse.fade)
         share = 1 - self.optim.beta1
         if self.seconds:
             torch._foreach_addcmul_(
                 [self.momenta[number] for number in self.seconds],
                 [self.grads[number] for number in self.seconds],
-                torch._foreach_rsqrt(list(self.seconds.values())),
+                torch._foreach_rsqrt(torch._foreach_clamp_min(list(self.seconds.values()), LEAST)),
                 value=share,
             )
         for number, matrix in self.matrices.items():
-            row = (matrix.row.running / means[matrix]).rsqrt_()
+            row = (matrix.row.running.clamp(min=LEAST) / means[matrix].clamp(min=LEAST)).rsqrt_()
             half = torch.mul(self.grads[number], row, out=self.scratch[number])
-            self.momenta[number].addcmul_(half, matrix.column.running.rsqrt(), value=share)
+            self.momenta[number].addcmul_(half, matrix.column.running.clamp(min=LEAST).rsqrt_(), value=share)
         if self.decay:
-            self.weight_L.mul_(1 - rate * self.decay)
-        self.weight_L.add_(self.momentum_L, alpha=-rate)
+            self.weight_L.mul_(1 - pulse.rate * self.decay)
+        self.weight_L.sub_(torch.mul(self.momentum_L, pulse.rate, out=self.scratch_L))
 
     def shards(self) -> dict[str, Shard]:
         found = {}
@@ -221,7 +250,13 @@ def _rounds(matrices: Sequence[_Matrix]) -> list[_Round]:
     return [rounds[turn] for turn in sorted(rounds)]
 
 
-def _take_in(rounds: Sequence[_Round], found: dict[_Average, Tensor], pace: float) -> dict[_Matrix, Tensor]:
+def _move(averages: list[Tensor], targets: list[Tensor], pace: Tensor) -> None:
+    """Each average goes the way `pace`, 0 to 1, to its target; with 0 it stays as it is, to the bit."""
+    if averages:
+        torch._foreach_lerp_(averages, targets, [pace] * len(averages))
+
+
+def _take_in(rounds: Sequence[_Round], found: dict[_Average, Tensor], pace: Tensor) -> dict[_Matrix, Tensor]:
     """Takes this rank's shares of the averages, summed over the ranks, into the running ones; the mean of each matrix.
 
     A matrix that is cut both ways has one average after its first round; that average's mean over the other dim is
@@ -232,7 +267,7 @@ def _take_in(rounds: Sequence[_Round], found: dict[_Average, Tensor], pace: floa
         shares = [found[average] for average in turn.averages] + [means[matrix] for matrix in turn.closing]
         sums = _summed(shares, turn.axes)
         count = len(turn.averages)
-        torch._foreach_lerp_([average.running for average in turn.averages], sums[:count], pace)
+        _move([average.running for average in turn.averages], sums[:count], pace)
         means |= zip(turn.closing, sums[count:], strict=True)
         opened = _shares([(matrix.first.running, matrix.second) for matrix in turn.opening])
         means |= zip(turn.opening, opened, strict=True)

@@ -16,6 +16,15 @@ from limoe_dist.parallel.placement import Shard
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def stay_out(rule: torch.optim.Optimizer, keep: Tensor | None) -> None:
+    """Tells torch's fused AdamW to leave weights, moments and count alone at its next step, where `keep` is 0.
+
+    It is the switch that gradient scalers use: the kernel reads it where it runs.
+    """
+    rule.grad_scale = None  # type: ignore[attr-defined]
+    rule.found_inf = None if keep is None else (1 - keep).float()  # type: ignore[attr-defined]
+
+
 class AdamW:
     """Adam with decoupled weight decay on kernels only (Loshchilov and Hutter, arXiv 1711.05101).
 
@@ -48,14 +57,23 @@ class AdamW:
         )
         for weight, count in zip(weights, self._counts, strict=True):
             count["step"] = torch.zeros((), device=weight.device) if apex is None else 0
+        self._apex = apex is not None
 
-    def step(self, rate: float) -> None:
-        """One update with the gradients as they are; `rate` is the learning rate of this step."""
+    def step(self, rate: float, keep: Tensor | None = None) -> None:
+        """One update with the gradients as they are; `rate` is the learning rate of this step.
+
+        keep: where this scalar is 0, nothing changes. torch's kernel asks it on the device; with apex, whose kernel has
+        no such switch, the host waits for it.
+        """
         for group in self._rule.param_groups:
             group["lr"] = rate
         for weight, grad in zip(self.weights, self.grads, strict=True):
             weight.grad = grad
-        self._rule.step()
+        if keep is None or not self._apex:
+            stay_out(self._rule, keep)
+            self._rule.step()
+        elif keep.item():
+            self._rule.step()
 
     def shards(self) -> dict[str, Shard]:
         """`adamw/MOMENT/NAME` for every parameter."""

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
-from limoe_dist.optim.adamw import MOMENTS
-from limoe_dist.parallel.collectives import all_or_none, gather_into, sum_over
+from limoe_dist.optim.adamw import MOMENTS, stay_out
+from limoe_dist.parallel.collectives import all_or_none, gather_into
+from limoe_dist.parallel.gradients import norm_over
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.parallel.pieces import Piece
 from limoe_dist.parallel.placement import Shard
@@ -89,9 +90,17 @@ class DeepSpeedEngine:
 
         return {piece.name: self._box(piece, safe_get_full_grad(piece.parameter)) for piece in self.pieces}
 
-    def step(self, rate: float) -> Tensor:
-        norm = self._clip()
+    @torch.no_grad()
+    def norm(self, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        lengths = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in self._sums()])
+        # A partition is on one rank, and its padding is zero: over the world every logical element counts once.
+        return norm_over(lengths.square().sum().to(self.device), beside, self.mesh)
+
+    def step(self, rate: float, *, norm: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        norm = self.norm()[0] if norm is None else norm
+        self._clip(norm)
         for zero in self.zeros:
+            stay_out(zero.optimizer, keep)
             zero.set_lr(rate)
             zero.step()
             zero.zero_grad()
@@ -135,16 +144,15 @@ class DeepSpeedEngine:
                     parameter.grad = torch.zeros_like(parameter)
                 zero.process_gradients(parameter, number)
 
+    def _sums(self) -> list[Tensor]:
+        return [part for zero in self.zeros for part in _sums(zero)]
+
     @torch.no_grad()
-    def _clip(self) -> Tensor:
-        """Scales all sums by min(1, clip_norm / norm); the norm, a float64 scalar, the same on every rank."""
-        parts = [part for zero in self.zeros for part in _sums(zero)]
-        lengths = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts])
-        # A partition is on one rank, and its padding is zero: over the world every logical element counts once.
-        norm = sum_over(lengths.square().sum().to(self.device), self.mesh.world).sqrt()
+    def _clip(self, norm: Tensor) -> None:
+        """Scales all sums by min(1, clip_norm / norm)."""
+        parts = self._sums()
         factor = (self.clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
         torch._foreach_mul_(parts, factor.to(parts[0]))
-        return norm
 
     def _states(self) -> Iterator[dict[str, Tensor]]:
         for zero in self.zeros:

@@ -27,8 +27,19 @@ class Engine(Protocol):
     def gradients(self) -> dict[str, Shard]:
         """The summed gradient before clipping, by parameter name; between the last backward pass and `step`."""
 
-    def step(self, rate: float) -> Tensor:
-        """One update at this learning rate; returns the norm of the whole gradient before clipping, a scalar."""
+    def norm(self, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of the whole gradient before clipping, a float64 scalar, and the sums over all ranks of `beside`.
+
+        beside: (n,) float64. One small collective, between the last backward pass and `step`.
+        """
+
+    def step(self, rate: float, *, norm: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """One update at this learning rate; returns the norm of the whole gradient before clipping, a scalar.
+
+        norm: what `norm` gave; None: it is taken here. keep: a scalar on the device, 1; or 0, and weights, moments and
+        what counts on the device stay as they are, whatever the gradient holds. Nobody waits to read it; whoever does,
+        later, sets `steps` back, since a count that lives on the host went on.
+        """
 
     def shards(self) -> dict[str, Shard]:
         """Weights (`model/NAME`) and the optimizer's tensors (`adamw/exp_avg/NAME`, ...), at least float32."""

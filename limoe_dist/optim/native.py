@@ -29,8 +29,8 @@ class Rule(Protocol):
 
     steps: int
 
-    def step(self, rate: float) -> None:
-        """One update with the gradients as they are."""
+    def step(self, rate: float, keep: Tensor | None = None) -> None:
+        """One update with the gradients as they are; none where `keep`, a scalar on the device, is 0."""
 
     def shards(self) -> dict[str, Shard]:
         """The state by logical name."""
@@ -67,11 +67,14 @@ class NativeEngine:
         self.sums.finish()
         return _boxes(self.buckets, self.sums.sums)
 
-    def step(self, rate: float) -> Tensor:
+    def norm(self, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.sums.finish()
-        norm = self.sums.norm()
+        return self.sums.norm(beside)
+
+    def step(self, rate: float, *, norm: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        norm = self.norm()[0] if norm is None else norm
         self.sums.clip(norm, max_norm=self.clip_norm)
-        self.rule.step(rate)
+        self.rule.step(rate, keep)
         self._gather_weights()
         self.sums.clear()
         return norm

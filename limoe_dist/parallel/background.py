@@ -31,6 +31,10 @@ class Job(threading.Thread, Generic[T]):
             self._result = self.function()
         except BaseException as error:  # it belongs to the thread that asks for the result
             self.error = error
+        finally:
+            # What it holds goes while somebody still waits for this thread. Later, the thread might be the last to hold
+            # a process group, and would end the whole process with "terminate called": the interpreter may be gone.
+            del self.function
 
     def result(self) -> T:
         """What the function returned, or raised. Call it when the thread has ended."""

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Parallel
+from limoe_dist.parallel.fault import Fault, FaultError, OnFault, describe, note
 from limoe_dist.parallel.links import check_links
 from limoe_dist.parallel.mesh import Axis, Mesh
-from limoe_dist.parallel.place import Place, discover
+from limoe_dist.parallel.place import Place, discover, host_name
 from limoe_dist.parallel.preflight import Meeting, meet
 from limoe_dist.parallel.traffic import Traffic
 from limoe_dist.parallel.watchdog import watch
@@ -30,14 +31,18 @@ def start(
     *,
     agree: Mapping[str, str] = MappingProxyType({}),
     problem: str = "",
+    on_fault: OnFault | None = None,
 ) -> Iterator[tuple[Mesh, torch.device]]:
     """Joins the other ranks and gives this rank's mesh and device; leaves the process group at the end.
 
     agree: by name, the text of what all ranks must have been started with; code and number of ranks are added.
     problem: a UserError's text, where this rank has found already that it cannot go on: all ranks then raise it.
-    CPU ranks speak gloo, GPU ranks NCCL. Raises UserError where ranks do not come, differ, or cannot reach each other,
-    and where the layout does not fit the number of ranks. Inside the `with`, any other exception of one rank ends all
-    ranks with status 1 within seconds; so does a collective that takes longer than parallel.timeout_s.
+    on_fault: takes a fault of ranks or hosts, on the rank that tells of it, before that rank ends: from another thread,
+    which is not waited for longer than a few seconds. A UserError that is no FaultError is none.
+    CPU ranks speak gloo, GPU ranks NCCL. Raises FaultError where ranks do not come or cannot reach each other, and
+    UserError where they differ, or the layout does not fit the number of ranks. Inside the `with`, any other exception
+    of one rank ends all ranks with status 1 within seconds; so does a collective that takes longer than
+    parallel.timeout_s. A process alone has no collectives, and no watch.
     """
     place = discover(environ)
     torch.set_num_threads(parallel.threads)
@@ -48,22 +53,48 @@ def start(
     if place.world == 1:
         if problem:
             raise UserError(problem)
-        yield Mesh.single(), device
+        with _failure_noted(host_name(environ), on_fault):
+            yield Mesh.single(), device
         return
-    meeting = meet(place, environ, timeout_s=parallel.start_timeout_s, agree=agree, problem=problem)
+    with _noted(place.rank, on_fault):
+        meeting = meet(place, environ, timeout_s=parallel.start_timeout_s, agree=agree, problem=problem)
     # A GPU's collective returns before it is done.
     traffic = Traffic(mark=_cuda_marker if device.type == "cuda" else None)
     try:
         limit = min((parallel.start_timeout_s, "parallel.start_timeout_s"), (parallel.timeout_s, "parallel.timeout_s"))
-        with watch(meeting, traffic, limit_s=limit[0], limit_name=limit[1]) as watchdog:
+        with watch(meeting, traffic, limit_s=limit[0], limit_name=limit[1], on_fault=on_fault) as watchdog:
             mesh = _connect(parallel, place, meeting, device, traffic)
-            check_links(mesh, device, hosts=meeting.hosts)
+            with _noted(place.rank, on_fault):
+                check_links(mesh, device, hosts=meeting.hosts)
             traffic.reset()
+            traffic.take_waited()
             watchdog.limit(parallel.timeout_s, "parallel.timeout_s")
             yield mesh, device
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _noted(rank: int, on_fault: OnFault | None) -> Iterator[None]:
+    try:
+        yield
+    except FaultError as error:
+        if error.told_by in (None, rank):
+            note(on_fault, error.fault)
+        raise
+
+
+@contextmanager
+def _failure_noted(host: str, on_fault: OnFault | None) -> Iterator[None]:
+    """What the watch does for ranks; a process alone raises on."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        note(on_fault, Fault("failed", (0,), (host,), f"rank 0 (host {host}) failed with {describe(error)}"))
+        raise
 
 
 def _connect(parallel: Parallel, place: Place, meeting: Meeting, device: torch.device, traffic: Traffic) -> Mesh:
@@ -84,6 +115,6 @@ def _connect(parallel: Parallel, place: Place, meeting: Meeting, device: torch.d
 
 
 def _cuda_marker() -> torch.cuda.Event:
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event

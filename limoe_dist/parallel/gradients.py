@@ -110,11 +110,14 @@ class Gradients:
                 filling.pending = None
 
     @torch.no_grad()
-    def norm(self) -> Tensor:
-        """The length of the whole gradient, a float64 scalar, the same on every rank and in every layout."""
+    def norm(self, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The length of the whole gradient, a float64 scalar, the same on every rank and in every layout.
+
+        And the sums over all ranks of `beside` (n,) float64, which travel with it.
+        """
         # float64: the order of shards must not show in the norm, and clipping hangs on it.
         lengths = [torch.linalg.vector_norm(sum_L, dtype=torch.float64) for sum_L in self.sums]
-        return sum_over(torch.stack(lengths).square().sum(), self.mesh.world).sqrt()
+        return norm_over(torch.stack(lengths).square().sum(), beside, self.mesh)
 
     @torch.no_grad()
     def clip(self, norm: Tensor, *, max_norm: float) -> None:
@@ -128,6 +131,16 @@ class Gradients:
         for filling in self._fillings:
             filling.given = [False] * len(filling.given)
             filling.awaited = len(filling.given)
+
+
+def norm_over(squares: Tensor, beside: Tensor | None, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """From this rank's sum of squares the norm over the world; and what travels with it, (n,) summed. One collective.
+
+    A number that is not finite spoils no other: sums are taken one by one.
+    """
+    vector = squares[None] if beside is None else torch.cat([squares[None], beside.to(squares)])
+    summed = sum_over(vector, mesh.world)
+    return summed[0].sqrt(), summed[1:]
 
 
 def _hand_over(gradients: weakref.ref[Gradients], place: int, number: int, parameter: nn.Parameter) -> None:

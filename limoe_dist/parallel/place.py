@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -74,6 +75,11 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     if not text.isdigit():
         raise UserError(f'environment variable {name}="{text}" must be a number; it comes from the launcher')
     return int(text)
+
+
+def host_name(environ: Mapping[str, str]) -> str:
+    """This host as its scheduler calls it, so that `sbatch --exclude` takes the name; else by its own name."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def first_host(nodelist: str) -> str:

@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from limoe_dist.config.errors import UserError
+from limoe_dist.parallel.fault import Fault, FaultError, blamed
 from limoe_dist.parallel.mpi import tell_by_mpi
-from limoe_dist.parallel.place import Place, expected_hosts, name_ranks
+from limoe_dist.parallel.place import Place, expected_hosts, host_name, name_ranks
 
 POLL_S = 0.1
 HEARD_S = 5.0
@@ -45,6 +46,8 @@ class Meeting:
     """The host of each rank."""
     kept_by: int | None
     """The rank in whose process the store lives, and with which it ends; None: it is the launcher's."""
+    at: tuple[str, int]
+    """Host and port of the store."""
 
     @property
     def world(self) -> int:
@@ -57,8 +60,12 @@ class _Base:
 
     store: dist.TCPStore
     kept_by: int | None
-    at: str
-    """host:port"""
+    host: str
+    port: int
+
+    @property
+    def at(self) -> str:
+        return f"{self.host}:{self.port}"
 
     def owner(self) -> str:
         return f"the launcher's store at {self.at}" if self.kept_by is None else f"rank 0 at {self.at}"
@@ -71,8 +78,10 @@ def meet(
 
     agree: by name, the text of each value that must be the same. problem: why this rank cannot go on, or empty; ranks
     come with it too, so that it is told once, or with the ranks that have it. Raises UserError on every rank that came
-    where one did not come within timeout_s (seconds), differs or has a problem; and where rank 0 cannot be reached.
+    where one differs or has a problem; FaultError where one did not come within timeout_s (seconds), and where rank 0
+    cannot be reached.
     """
+    host = host_name(environ)
     base = _open_store(place, environ, timeout_s)
     # A launcher's store outlives a start: one that is tried again, or a second one in the same process, is another.
     attempt = dist.PrefixStore(f"limoe/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base.store)
@@ -80,7 +89,7 @@ def meet(
     expected = expected_hosts(place, environ)
     try:
         words = dict(agree) | code_version() | {"the number of ranks": str(place.world)}
-        _come(store, place, words | {"problem": problem.replace("\n", "; ") or "none"})
+        _come(store, place, host, words | {"problem": problem.replace("\n", "; ") or "none"})
         if place.rank == 0:
             verdict = _judge(store, place.world, expected, base.at, timeout_s)
             verdict["problem"] = verdict["problem"] or problem
@@ -90,20 +99,21 @@ def meet(
         if verdict["problem"]:
             _hear(store, place, verdict["came"])
     except dist.DistError:
-        raise UserError(
-            f"{base.owner()} went away while this rank, on host {socket.gethostname()}, met the others: "
-            "look at its output"
-        ) from None
+        text = f"{base.owner()} went away while this rank, on host {host}, met the others: look at its output"
+        raise FaultError(Fault("broken", () if base.kept_by is None else (base.kept_by,), (), text)) from None
     if verdict["problem"]:
         teller = min(verdict["came"])
         time.sleep(0 if place.rank == teller else AHEAD_S)
+        if "absent" in verdict:
+            fault = Fault("absent", tuple(verdict["absent"]), tuple(verdict["blamed"]), verdict["problem"])
+            raise FaultError(fault, told_by=teller)
         raise UserError(verdict["problem"], told_by=teller)
     if len(verdict["hosts"]) != place.world:
         raise UserError(
-            f"this rank, on host {socket.gethostname()}, was started as one of {place.world}, but rank 0 as one of "
+            f"this rank, on host {host}, was started as one of {place.world}, but rank 0 as one of "
             f"{len(verdict['hosts'])}: start all ranks with one launcher"
         )
-    return Meeting(store, place.rank, tuple(verdict["hosts"]), base.kept_by)
+    return Meeting(store, place.rank, tuple(verdict["hosts"]), base.kept_by, (base.host, base.port))
 
 
 def code_version(package: Path = Path(__file__).parents[1]) -> dict[str, str]:
@@ -121,18 +131,18 @@ def code_version(package: Path = Path(__file__).parents[1]) -> dict[str, str]:
 def _open_store(place: Place, environ: Mapping[str, str], timeout_s: float) -> _Base:
     host, port = place.address, place.port
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return _Base(_reach(host, port, timeout_s), None, f"{host}:{port}")
+        return _Base(_reach(host, port, place, environ, timeout_s), None, host, port)
     by_mpi = place.found_by == "MPI" and not (host and port)
     if place.rank == 0:
         store = _keep(0 if by_mpi else port)
         if by_mpi:
             host, port = socket.gethostname(), store.port
             tell_by_mpi(f"{host} {port}", rank=0, timeout_s=timeout_s)
-        return _Base(store, 0, f"{host}:{port}")
+        return _Base(store, 0, host, port)
     if by_mpi:
         host, told = tell_by_mpi("", rank=place.rank, timeout_s=timeout_s).split()
         port = int(told)
-    return _Base(_reach(host, port, timeout_s), 0, f"{host}:{port}")
+    return _Base(_reach(host, port, place, environ, timeout_s), 0, host, port)
 
 
 def _keep(port: int) -> dist.TCPStore:
@@ -153,7 +163,7 @@ def _keep(port: int) -> dist.TCPStore:
         ) from None
 
 
-def _reach(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+def _reach(host: str, port: int, place: Place, environ: Mapping[str, str], timeout_s: float) -> dist.TCPStore:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -162,32 +172,35 @@ def _reach(host: str, port: int, timeout_s: float) -> dist.TCPStore:
                 break
         except OSError as error:
             if time.monotonic() >= deadline:
-                raise _out_of_reach(host, port, timeout_s, str(error)) from None
+                raise _out_of_reach(f"{host}:{port}", error, place, environ, timeout_s) from None
             time.sleep(POLL_S)
     try:
         return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=STORE_S))
     except dist.DistError as error:
-        raise _out_of_reach(host, port, timeout_s, _first_line(error)) from None
+        raise _out_of_reach(f"{host}:{port}", error, place, environ, timeout_s) from None
 
 
-def _out_of_reach(host: str, port: int, timeout_s: float, reason: str) -> UserError:
-    return UserError(
-        f"this rank, on host {socket.gethostname()}, did not reach rank 0 at {host}:{port} within "
-        f"parallel.start_timeout_s={timeout_s:g} seconds ({reason}): did rank 0 start, is {host} the name of its host "
-        "(MASTER_ADDR), and may the port be reached from here?"
+def _out_of_reach(at: str, error: Exception, place: Place, environ: Mapping[str, str], timeout_s: float) -> FaultError:
+    text = (
+        f"this rank, on host {host_name(environ)}, did not reach rank 0 at {at} within "
+        f"parallel.start_timeout_s={timeout_s:g} seconds ({_first_line(error)}): did rank 0 start, is "
+        f"{at.rpartition(':')[0]} the name of its host (MASTER_ADDR), and may the port be reached from here?"
     )
+    # Who refuses can be reached, and has no rank 0. Of silence this rank's own host can be the cause as well.
+    refused = isinstance(error, ConnectionRefusedError)
+    return FaultError(Fault("absent", (0,), blamed([0], expected_hosts(place, environ)) if refused else (), text))
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _come(store: dist.Store, place: Place, words: Mapping[str, str]) -> None:
+def _come(store: dist.Store, place: Place, host: str, words: Mapping[str, str]) -> None:
     text = json.dumps(words, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     store.set(f"words/{digest}", text)
     about = {
-        "host": socket.gethostname(),
+        "host": host,
         "words": digest,
         "first": place.rank - place.local_rank,
         "local_world": place.local_world,
@@ -201,7 +214,7 @@ def _judge(store: dist.Store, world: int, expected: Mapping[int, str], at: str, 
     wait_until(lambda: store.check(keys), timeout_s)
     came = _came(store, world)
     if len(came) < world:
-        return {"problem": _absence(came, world, expected, at, timeout_s), "came": list(came)}
+        return _absence(came, world, expected, at, timeout_s)
     hosts = [came[rank]["host"] for rank in range(world)]
     return {"problem": _disagreement(store, came, hosts), "came": list(came), "hosts": hosts}
 
@@ -216,7 +229,7 @@ def _await_verdict(
             return found
         raise dist.DistStoreError("no verdict")
     came = _came(store, world)
-    return {"problem": _absence(came, world, expected, at, timeout_s), "came": list(came)}
+    return _absence(came, world, expected, at, timeout_s)
 
 
 def wait_until(ready: Callable[[], bool], timeout_s: float) -> bool:
@@ -236,14 +249,16 @@ def _came(store: dist.Store, world: int) -> dict[int, dict[str, Any]]:
 
 def _absence(
     came: Mapping[int, Mapping[str, Any]], world: int, expected: Mapping[int, str], at: str, timeout_s: float
-) -> str:
+) -> dict[str, Any]:
+    """The verdict where ranks are missing: what it is of `_judge`, and the ranks and the hosts to blame."""
     missing = [rank for rank in range(world) if rank not in came]
     hosts = dict(expected) | _neighbours(came) | {rank: about["host"] for rank, about in came.items()}
-    return (
+    problem = (
         f"{name_ranks(missing, hosts)} of {world} did not come within parallel.start_timeout_s={timeout_s:g} seconds; "
         f"{name_ranks(came, hosts)} came. Look at the output of what is missing: was it started, and can its host "
         f"reach {at}? For a start that takes longer raise parallel.start_timeout_s"
     )
+    return {"problem": problem, "came": list(came), "absent": missing, "blamed": blamed(missing, hosts)}
 
 
 def _neighbours(came: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:

@@ -1,16 +1,20 @@
-"""What crosses ranks, counted; and what this rank is in now, for the line that is printed when ranks hang."""
+"""What crosses ranks, counted; how long this rank waits for it; and what this rank is in now, for when ranks hang."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from limoe_dist.parallel.mesh import Axis
+
+PAIRS = 256
+"""Markers of so many calls are kept before those that the device has passed are summed."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class Marker(Protocol):
     def query(self) -> bool:
         """Whether the device has passed it."""
 
+    def elapsed_time(self, later: Any, /) -> float:
+        """Milliseconds of the device from here to a later marker; both are passed."""
+
 
 class Traffic:
     """One per mesh. `with axis.traffic.call("all_reduce", axis, num_bytes):` goes around every collective.
@@ -63,6 +70,8 @@ class Traffic:
         self._last: Call | None = None
         self._queued: tuple[Call, Marker] | None = None
         self._broken: BaseException | None = None
+        self._waited_s = 0.0
+        self._pairs: deque[tuple[Marker, Marker]] = deque()
 
     def call(self, op: str, axis: Axis, num_bytes: int) -> Call:
         """Counts a collective; the rank is in it inside a `with` of what comes back.
@@ -83,6 +92,21 @@ class Traffic:
         """Forgets the counts; the number of the calls goes on."""
         self._volumes.clear()
 
+    def take_waited(self) -> float:
+        """Seconds that this rank was inside of collectives since the last call, of whatever thread.
+
+        On a device with a queue: of the device, in the calls that it has passed; the rest comes with the next call.
+        Collectives that do not go through `call`, as DeepSpeed's own, count as work.
+        """
+        self._sum_passed()
+        waited, self._waited_s = self._waited_s, 0.0
+        return waited
+
+    def _sum_passed(self) -> None:
+        while self._pairs and self._pairs[0][1].query():
+            begin, end = self._pairs.popleft()
+            self._waited_s += begin.elapsed_time(end) / 1000
+
     def standing(self) -> Standing | None:
         """What this rank is in, or was in last; None before the first call."""
         if (call := self._inside) is not None:
@@ -102,6 +126,8 @@ class Traffic:
 
     def enter(self, call: Call) -> None:
         call.since, call.thread = self._clock(), threading.get_ident()
+        if self._mark is not None:
+            call.begin = self._mark()
         self._inside = call
 
     def leave(self, call: Call, error: BaseException | None) -> None:
@@ -109,20 +135,32 @@ class Traffic:
         self._last, self._inside = call, None
         if error is not None:
             self._broken = error
-        elif self._mark is not None and (self._queued is None or self._queued[1].query()):
-            self._queued = (call, self._mark())
+        elif self._mark is None:
+            self._waited_s += call.left - call.since
+        else:
+            self._behind(call, self._mark())
+
+    def _behind(self, call: Call, end: Marker) -> None:
+        """The device gets to the call later, and is through it at `end`."""
+        if self._queued is None or self._queued[1].query():
+            self._queued = (call, end)
+        assert call.begin is not None
+        self._pairs.append((call.begin, end))
+        if len(self._pairs) > PAIRS:
+            self._sum_passed()
 
 
 class Call:
     """One collective; a context manager for the time that this rank is in it."""
 
-    __slots__ = ("_axis", "_num_bytes", "_number", "_op", "_traffic", "left", "since", "thread")
+    __slots__ = ("_axis", "_num_bytes", "_number", "_op", "_traffic", "begin", "left", "since", "thread")
 
     def __init__(self, traffic: Traffic, op: str, axis: str, num_bytes: int, number: int) -> None:
         self._traffic = traffic
         self._op, self._axis, self._num_bytes, self._number = op, axis, num_bytes, number
         self.since, self.left = 0.0, 0.0
         self.thread = 0
+        self.begin: Marker | None = None
 
     def __enter__(self) -> Call:
         self._traffic.enter(self)

@@ -1,11 +1,11 @@
 """One thread a rank that looks at the ranks' store: a rank that hangs, fails or dies ends all ranks within seconds.
 
 The first rank that finds a fault raises the alarm, once for all ranks, and is the first to print. The others answer
-what they are in, wait until that rank has told, and end with status 1.
+what they are in, with their stacks, wait until that rank has told, and end with status 1.
 
     failed    an exception left the `with` of `watch`: its traceback
     broken    a collective raised, since another rank died or its connection broke: the error, and who is silent
-    hang      a rank is in one collective for too long: a line for each rank
+    hang      a rank is in one collective for too long: a line for each rank, and the stacks
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ import contextlib
 import json
 import os
 import sys
-import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NoReturn, TypeVar
+from typing import Literal, NoReturn
 
-import torch
 import torch.distributed as dist
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.parallel import flight_recorder
+from limoe_dist.parallel.asking import Asked
+from limoe_dist.parallel.fault import Fault, OnFault, blamed, describe, note, within
 from limoe_dist.parallel.place import name_ranks
-from limoe_dist.parallel.preflight import AHEAD_S, Meeting, wait_until
+from limoe_dist.parallel.preflight import AHEAD_S, STORE_S, Meeting, wait_until
+from limoe_dist.parallel.stacks import alike, innermost, stacks
+from limoe_dist.parallel.telling import Answer, Finding, why_gone
 from limoe_dist.parallel.traffic import Traffic
 
 LOOK_S = 1.0
@@ -39,17 +41,16 @@ MARK_S = 1.5
 """A rank whose connection broke first waits so long for the alarm of the one that failed."""
 ANSWER_S = 4.0
 """What the others are in has to be here by then; a rank that lives answers within LOOK_S."""
-TOLD_S = 10.0
+TOLD_S = 12.0
 """The others wait so long at most for the rank that tells."""
 LAST_S = 5.0
 """The rank that keeps the store waits so long for the others before it ends."""
 BACKSTOP_S = 30.0
 """By then the thread has ended the process, or the main thread does."""
-FRAMES = 3
+TOGETHER_S = 1.0
+"""Where a launcher ends all ranks, the store is gone a moment before they are: that is no fault."""
 
 ALARM, TOLD, LEFT = "alarm", "told", "left"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,32 @@ class Alarm:
     """For the others' line: what that rank did."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why this rank raises an alarm by itself."""
+
+    alarm: Alarm
+    trace: str
+    """Empty where this rank shows its error by itself."""
+    error: str
+    """In a line."""
+
+
 class Watchdog:
     """Watches one rank, which may be in one collective for limit_s seconds; limit_name: the setting that says so."""
 
-    def __init__(self, meeting: Meeting, traffic: Traffic, *, limit_s: float, limit_name: str) -> None:
+    def __init__(
+        self, meeting: Meeting, traffic: Traffic, *, limit_s: float, limit_name: str, on_fault: OnFault | None = None
+    ) -> None:
         self._meeting, self._rank, self._hosts = meeting, meeting.rank, meeting.hosts
-        # A connection of its own: one that is shared is locked while the main thread waits for an answer.
-        self._store: dist.Store = meeting.store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
-        self._traffic = traffic
-        self._limit_s, self._limit_name = limit_s, limit_name
-        self._failure: tuple[Alarm, str] | None = None
+        self._store = Asked(meeting.store)
+        self._traffic, self._on_fault = traffic, on_fault
+        self.limit(limit_s, limit_name)
+        self._failure: Failure | None = None
         self._wake, self._ended = threading.Event(), threading.Event()
         self._stopped, self._leaving = False, False
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._second = threading.Thread(target=self._watch_the_store, name="watchdog of the store", daemon=True)
 
     def limit(self, seconds: float, name: str) -> None:
         """Another limit from now on."""
@@ -81,6 +95,7 @@ class Watchdog:
 
     def start(self) -> None:
         self._thread.start()
+        self._second.start()
 
     def leave(self) -> None:
         """This rank has done its part. The rank that keeps the store waits here for the others."""
@@ -107,7 +122,7 @@ class Watchdog:
         """
         self._leaving = True
         if not self._all_left(others_s):
-            self._failure = (Alarm("failed", self._rank, what), "")
+            self._failure = Failure(Alarm("failed", self._rank, what), "", what)
             self._wake.set()
             self._ended.wait(BACKSTOP_S)
         self.stop()
@@ -119,7 +134,7 @@ class Watchdog:
             alarm = Alarm("broken", self._rank, "lost a connection")
         else:
             alarm = Alarm("failed", self._rank, f"failed with {type(error).__name__}")
-        self._failure = (alarm, text)
+        self._failure = Failure(alarm, text, describe(error))
         self._wake.set()
         self._thread.join(BACKSTOP_S)
         self._end(f"{self._me()} failed:\n{text}")
@@ -144,10 +159,17 @@ class Watchdog:
                 if not self._stopped and (alarm := self._look() or self._find()) is not None:
                     self._answer_to(alarm)
         except dist.DistError:
+            self._wake.wait(TOGETHER_S)
             if not (self._stopped or self._leaving):
                 self._store_is_gone()
         finally:
             self._ended.set()
+
+    def _watch_the_store(self) -> None:
+        """Ends this rank where the first thread waits for an answer that does not come."""
+        while not self._ended.wait(LOOK_S):
+            if self._store.waits_s() > min(STORE_S, self._limit_s) and not (self._stopped or self._leaving):
+                self._store_is_gone()
 
     def _look(self) -> Alarm | None:
         if not self._store.check([ALARM]):
@@ -156,12 +178,12 @@ class Watchdog:
 
     def _find(self) -> Alarm | None:
         """The alarm that this rank raises, or the one that another raised before it."""
-        found = self._failure[0] if self._failure else self._hang()
+        found = self._failure.alarm if self._failure else self._hang()
         if found is None:
             return None
         if found.kind == "broken" and wait_until(lambda: self._store.check([ALARM]), MARK_S):
             return self._look()
-        raised = self._store.compare_set(ALARM, "", json.dumps(asdict(found)))
+        raised = self._store.set_first(ALARM, json.dumps(asdict(found)))
         return Alarm(**json.loads(raised))
 
     def _hang(self) -> Alarm | None:
@@ -171,7 +193,7 @@ class Watchdog:
         return Alarm("hang", self._rank, "found that ranks hang")
 
     def _answer_to(self, alarm: Alarm) -> None:
-        self._store.set(f"answer/{self._rank}", self.report())
+        self._store.set(f"answer/{self._rank}", json.dumps(asdict(self._answer())))
         if alarm.rank == self._rank:
             self._tell(alarm)
             self._store.set(TOLD, "")
@@ -196,63 +218,66 @@ class Watchdog:
         wait_until(lambda: self._store.check([f"ended/{rank}" for rank in others]), LAST_S)
 
     def _tell(self, alarm: Alarm) -> None:
-        text = self._failure[1] if self._failure else ""
+        failure = self._failure
         if alarm.kind == "failed":
-            if text:
-                _write(f"{self._me()} failed:\n{text}")
+            if failure is not None and failure.trace:
+                _write(f"{self._me()} failed:\n{failure.trace}")
+                text = f"{name_ranks([self._rank], self._hosts)} failed with {failure.error}"
+                note(self._on_fault, Fault("failed", (self._rank,), blamed([self._rank], self._hosts), text))
             return
-        answers = self._answers()
-        silent = [rank for rank in range(self._meeting.world) if rank not in answers]
-        lines = []
-        if silent:
-            lines.append(
-                f"limoe: error: {name_ranks(silent, self._hosts)} did not answer in {ANSWER_S:g} seconds: it died, "
-                "perhaps killed for want of memory, or it stands still; look at its output and its host's log"
-            )
-        if alarm.kind == "broken":
-            lines += [f"{self._me()} lost a connection:", text.rstrip(), "What each rank is in:"]
+        if failure is None:
+            cause, trace = f"no progress for {self._limit_name}={self._limit_s:g} seconds", ""
         else:
-            limit = f"{self._limit_name}={self._limit_s:g} seconds"
-            lines.append(f"limoe: error: no progress for {limit}; what each rank is in:")
-        for rank in range(self._meeting.world):
-            lines.append(f"  {name_ranks([rank], self._hosts)}: {answers.get(rank, 'silent')}")
-        _write("\n".join(lines))
+            cause, trace = failure.error, failure.trace
+        finding = Finding(alarm.kind, self._rank, self._hosts, self._answers(), ANSWER_S, cause, trace)
+        _write(finding.text())
+        note(self._on_fault, finding.fault())
 
-    def _answers(self) -> dict[int, str]:
+    def _answers(self) -> dict[int, Answer]:
         """What every rank that lives is in."""
         keys = [f"answer/{rank}" for rank in range(self._meeting.world)]
         wait_until(lambda: self._store.check(keys), ANSWER_S)
         there = [rank for rank, key in enumerate(keys) if self._store.check([key])]
-        return {rank: self._store.get(keys[rank]).decode() for rank in there}
+        return {rank: Answer(**json.loads(self._store.get(keys[rank]))) for rank in there}
 
     def _store_is_gone(self) -> None:
-        """The rank that keeps it has died, or the launcher: nobody can be asked any more."""
+        """The rank that keeps it has died or stands still, or the launcher has: nobody can be asked any more."""
         keeper = self._meeting.kept_by
-        gone = "the launcher" if keeper is None else name_ranks([keeper], self._hosts)
-        line = f"{self._me()} ends because the store of {gone} is gone: it died; look at its output"
-        if self._failure is not None:
-            alarm, text = self._failure
-            if alarm.kind == "failed":
-                _write(f"{self._me()} failed:\n{text}")
+        owner = "the launcher" if keeper is None else name_ranks([keeper], self._hosts)
+        found = why_gone(*self._meeting.at)
+        line = f"{self._me()} ends because the store of {owner} is gone: {found.why}"
+        if (failure := self._failure) is not None:
+            if failure.alarm.kind == "failed":
+                _write(f"{self._me()} failed:\n{failure.trace}")
             else:
-                line += f" ({text.strip().splitlines()[-1]})"
-        self._end(line)
+                line += f" ({failure.error})"
+        answer = self._answer()
+        lines = [line, f"  {answer.line}"]
+        if keeper is not None and self._rank == (keeper + 1) % self._meeting.world:
+            lines += alike({self._rank: answer.stacks}, self._hosts)
+        _write("\n".join(lines))
+        ranks = () if keeper is None else (keeper,)
+        hosts = blamed(ranks, self._hosts) if found.of_process else ()
+        note(self._on_fault, Fault(found.kind, ranks, hosts, f"the store of {owner} is gone: {found.why}"))
+        self._end("")
 
-    def report(self) -> str:
+    def _answer(self) -> Answer:
         """What this rank is in or was in last, and where its Python stands."""
         standing, words, thread = self._traffic.standing(), "in no collective yet", None
+        inside = standing is not None and standing.inside
         if standing is not None:
             call = f"{standing.op} over {standing.axis}, {standing.num_bytes} bytes, call {standing.number}"
             if self._failure is not None:
-                words = f"{self._failure[0].what} in or after {call}"
-            elif standing.inside:
+                words = f"{self._failure.alarm.what} in or after {call}"
+            elif inside:
                 words, thread = f"in {call}, for {standing.seconds:.1f} s", standing.thread
             else:
                 words = f"outside of collectives for {standing.seconds:.1f} s, last in {call}"
         if self._failure is None:
-            words += f"; at {_stands(thread or threading.main_thread().ident)}"
-        recorded = _within(1.0, flight_recorder.last_entry)
-        return words + (f"; flight recorder: {recorded}" if recorded else "")
+            words += f"; at {innermost(thread or threading.main_thread().ident)}"
+        recorded = within(1.0, flight_recorder.last_entry)
+        words += f"; flight recorder: {recorded}" if recorded else ""
+        return Answer(words, inside, stacks(thread))
 
     def _me(self) -> str:
         return f"limoe: {name_ranks([self._rank], self._hosts)}"
@@ -261,7 +286,7 @@ class Watchdog:
         if line:
             _write(line)
         # The main thread may be in the middle of a print, or stuck in C++: nothing here may wait for it.
-        _within(1.0, sys.stdout.flush)
+        within(1.0, sys.stdout.flush)
         os._exit(1)
 
 
@@ -273,42 +298,15 @@ def _write(text: str) -> None:
             rest = rest[os.write(2, rest) :]
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T | None:
-    """What `work` gives, or None where it takes longer or fails: it is for a last word only."""
-    found: list[T] = []
-
-    def run() -> None:
-        with suppress(Exception):
-            found.append(work())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found[0] if found else None
-
-
-def _stands(thread: int | None) -> str:
-    """The innermost lines of Python where a thread is, without those of torch and the standard library."""
-    frame = sys._current_frames().get(thread or 0)
-    lines: list[str] = []
-    first = ""
-    while frame is not None and len(lines) < FRAMES:
-        path = frame.f_code.co_filename
-        line = f"{'/'.join(Path(path).parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
-        first = first or line
-        if not path.startswith(_TORCH) and ("site-packages" in path or not path.startswith(_PYTHON)):
-            lines.append(line)
-        frame = frame.f_back
-    return " < ".join(lines) or first or "no Python"
-
-
-_TORCH, _PYTHON = str(Path(torch.__file__).parent), sysconfig.get_path("stdlib")
-
-
 @contextmanager
-def watch(meeting: Meeting, traffic: Traffic, *, limit_s: float, limit_name: str) -> Iterator[Watchdog]:
-    """Watches this rank inside a `with`. An error that is none of UserError ends the process here, with status 1."""
-    watchdog = Watchdog(meeting, traffic, limit_s=limit_s, limit_name=limit_name)
+def watch(
+    meeting: Meeting, traffic: Traffic, *, limit_s: float, limit_name: str, on_fault: OnFault | None = None
+) -> Iterator[Watchdog]:
+    """Watches this rank inside a `with`. An error that is none of UserError ends the process here, with status 1.
+
+    on_fault: takes the fault on the rank that tells of it, from the watch's thread, before that rank ends.
+    """
+    watchdog = Watchdog(meeting, traffic, limit_s=limit_s, limit_name=limit_name, on_fault=on_fault)
     watchdog.start()
     try:
         yield watchdog

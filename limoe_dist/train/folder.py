@@ -1,6 +1,6 @@
 """What a run's directory holds, and whose it is.
 
-RUN/run.json              the settings of the last start
+RUN/run.json              the settings of the last start, and its environment
 RUN/tokenizer.model       the vocabulary, copied from the training data
 RUN/metrics.jsonl         one line every log.every_steps
 RUN/evaluations.jsonl     one line for each evaluation in training
@@ -8,7 +8,11 @@ RUN/positions.jsonl       which positions of the data order were consumed
 RUN/replaced/             rank-NNNNN.jsonl: bad rows that a rank met, and the rows that stood in for them
 RUN/tensorboard/          the same figures for TensorBoard
 RUN/checkpoints/          step-NNNNNNNN, see limoe_dist/checkpoint/catalog.py
-RUN/ended.json            step and signal of a run that ended by itself, with a checkpoint
+RUN/guard.jsonl           what the run did about its own numbers, see limoe_dist/train/guard.py
+RUN/faults.jsonl          ranks and hosts that did not come, hung or died
+RUN/heartbeat.json        what the ranks do at this moment
+RUN/slurm/                scripts, logs and notes of the jobs that train here
+RUN/ended.json            how a run that ended by itself did so: step, signal and exit status
 RUN/lock                  held while a process trains here, and who it is
 """
 
@@ -21,10 +25,11 @@ import secrets
 import shutil
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from limoe_dist.config.environment import captured
 from limoe_dist.config.errors import UserError, warn
 from limoe_dist.config.parse import changed_settings, decisive, load_run, save_run, write_atomically
 from limoe_dist.config.schema import Run
@@ -53,8 +58,9 @@ def forget_replaced(out: Path) -> None:
 
 
 def _of_a_start(name: str) -> bool:
-    """Whether `begin` writes a file of this name before run.json: a run that was killed there may begin again."""
-    return name in ("lock", "tokenizer.model", "tokenizer.tmp") or name.startswith(".run.json.")
+    """Whether a file of this name may be there before run.json: a run that was killed there may begin again."""
+    kept = ("lock", "tokenizer.model", "tokenizer.tmp", "slurm", "faults.jsonl", "heartbeat.json")
+    return name in kept or name.startswith((".run.json.", ".heartbeat.json."))
 
 
 def begin(out: Path, run: Run, tokenizer: Path) -> Claim:
@@ -70,7 +76,7 @@ def begin(out: Path, run: Run, tokenizer: Path) -> Claim:
         shutil.copyfile(tokenizer, temporary)
         temporary.replace(kept)
     data = with_home(run.data).model_copy(update={"tokenizer": str(kept)})
-    save_run(run.model_copy(update={"data": data}), out / "run.json")
+    save_run(run.model_copy(update={"data": data}), out / "run.json", environment=captured(os.environ))
     (out / ENDED).unlink(missing_ok=True)
     return claim
 
@@ -152,18 +158,24 @@ def trainer(run_dir: Path) -> str | None:
     return None
 
 
-def note_end(out: Path, *, step: int, signal: int) -> None:
-    """Says that the run ended by itself after a checkpoint of `step`; a run that was killed says nothing."""
-    try:
-        write_atomically(out / ENDED, json.dumps({"step": step, "signal": signal}) + "\n")
-    except OSError as error:  # the checkpoint is what counts
-        warn(f"{out / ENDED}: cannot be written: {error.strerror}")
-
-
 @dataclass(frozen=True)
 class Ended:
     step: int
+    """That of the newest checkpoint."""
     signal: int
+    """What ended the run early, or 0."""
+    status: int
+    """The exit status of each rank, whatever the launcher makes of it; see config/exit_codes.py."""
+    reason: str = ""
+    """For people, where the run stopped by an error."""
+
+
+def note_end(out: Path, ended: Ended) -> None:
+    """Says that the run ended by itself; a run that was killed says nothing."""
+    try:
+        write_atomically(out / ENDED, json.dumps(asdict(ended)) + "\n")
+    except OSError as error:  # the checkpoint is what counts
+        warn(f"{out / ENDED}: cannot be written: {error.strerror}")
 
 
 def read_end(out: Path) -> Ended | None:

@@ -9,7 +9,7 @@ import resource
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from limoe_dist.config.schema import Run
 from limoe_dist.model.moe_layer import AUX_LOSSES, MoeRecord
 from limoe_dist.parallel.collectives import sum_over
 from limoe_dist.parallel.mesh import Mesh
-from limoe_dist.train.step import StepResult
+
+if TYPE_CHECKING:
+    from limoe_dist.train.step import StepResult
 
 
 class Window:

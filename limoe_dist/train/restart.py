@@ -19,10 +19,11 @@ from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import changed_settings, decisive, fingerprint
 from limoe_dist.config.schema import Run
 from limoe_dist.data.mixture import orders_of
-from limoe_dist.data.order import Ranges, pairs_before, position_of
+from limoe_dist.data.order import Ranges, joined, pairs_before, position_of
 from limoe_dist.optim.engine import Engine
 from limoe_dist.parallel.collectives import all_or_none, raise_together, sum_over, vote
 from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.train import ledger
 from limoe_dist.train.folder import Claim
 from limoe_dist.train.inputs import Inputs
 from limoe_dist.train.preemption import StopFlag
@@ -38,6 +39,12 @@ class Restart:
         """Positions of the data order that this run jumps over."""
         self.first_step, self.first_pair = 0, 0
         """Where this start goes on: so many steps were done, and so many pairs read, perhaps in other batches."""
+        self.step = 0
+        """Steps that are done now."""
+        self.saved = 0
+        """Those of the newest checkpoint."""
+        self.losses: tuple[float, ...] = ()
+        """What the guard compares with, from the checkpoint that was read."""
         self._batch_before: int | None = None
         self._seen: list[Path] = []
         self._passed: list[Path] = []
@@ -51,7 +58,8 @@ class Restart:
         """Fills weights and optimizer from the newest whole checkpoint; returns the number of steps that are done.
 
         A run that was killed before its first checkpoint begins again at step 0: everything is a function of the seed
-        and of train.init_from. A collective; raises UserError where what decides the results is not what it was.
+        and of train.init_from. What the guard passed over since the checkpoint is passed over again. A collective;
+        raises UserError where what decides the results is not what it was.
         """
         self._seen = there = catalog.checkpoints(self.out)
         cut = catalog.without_manifest(self.out)
@@ -68,14 +76,53 @@ class Restart:
         shards = self.engine.shards()
         load(reader, shards, self.mesh)
         self.engine.adopt(shards)
-        self.engine.steps = reader.state.step
-        self.quarantined = reader.state.quarantined
-        self.first_step = reader.state.step
-        self._batch_before = reader.state.settings.get("train.batch_pairs")
-        self.first_pair = pairs_before(reader.state.position, self.quarantined)
-        self._saved_position = self._told = reader.state.position
-        self._passed = [*cut, *(path for path in there if catalog.step_of(path) > reader.state.step)]
-        return reader.state.step
+        state = reader.state
+        self.engine.steps = self.first_step = self.step = self.saved = state.step
+        self._batch_before = state.settings.get("train.batch_pairs")
+        self.first_pair = pairs_before(state.position, state.quarantined)
+        self.quarantined = joined([*state.quarantined, *self._told_since(state.position)])
+        self.losses = state.losses
+        self._saved_position = self._told = state.position
+        self._read = 0
+        self._passed = [*cut, *(path for path in there if catalog.step_of(path) > state.step)]
+        return state.step
+
+    def _told_since(self, position: int) -> list[tuple[int, int]]:
+        """What the ledger passes over from a position on, as rank 0 reads it: hosts may see a shared file differently.
+
+        A collective.
+        """
+        told = ledger.passed_over(self.out, position=position) if self.mesh.rank == 0 else ()
+        ranges = torch.zeros(vote(self.mesh.world, self.device, len(told))[0], 2, dtype=torch.int64, device=self.device)
+        if told:
+            ranges += torch.tensor(told, device=self.device)
+        return [(first, end) for first, end in sum_over(ranges, self.mesh.world).tolist()] if len(ranges) else []
+
+    def leave_out(self) -> tuple[int, int]:
+        """The batch that was read now counts as if it had not been there; returns its positions, first and end.
+
+        The next batch is of the same step.
+        """
+        span = self._position(self.step), self._position(self.step + 1)
+        self.quarantined = joined([*self.quarantined, span])
+        return span
+
+    def go_back(self, batches: int, *, behind: int) -> tuple[int, int] | None:
+        """Goes back to the newest checkpoint; `batches` of the steps before `behind`, from 0, are passed over.
+
+        Returns their positions, first and end: only those that come after the checkpoint. None where there is no
+        checkpoint, and nothing has changed. A collective.
+        """
+        first, end = self._position(max(self.first_step, behind - batches)), self._position(behind)
+        self.saver.finish()
+        if not any(vote(self.mesh.world, self.device, len(catalog.checkpoints(self.out)))):
+            return None
+        self.restore()
+        self._put_aside()
+        first = min(max(first, self._saved_position), end)
+        if first < end:
+            self.quarantined = joined([*self.quarantined, (first, end)])
+        return first, end
 
     def initialise(self) -> Taken | None:
         """The weights of train.init_from, for a run that begins; None where it has none. A collective."""
@@ -111,9 +158,8 @@ class Restart:
 
         What the run goes on without is put aside, so that its own saves of those steps find their place free.
         """
-        with all_or_none(self.mesh.world, self.device):
-            for folder in self._passed if self.mesh.rank == 0 else []:
-                tell(f"put aside: {catalog.set_aside(folder)}")
+        self._tell = tell
+        self._put_aside()
         shards = self.engine.shards()
         self.saver = Saver(
             self.out,
@@ -126,22 +172,31 @@ class Restart:
             tell=tell,
         )
 
+    def _put_aside(self) -> None:
+        """Damaged checkpoints that were passed by, so that saves of those steps find their place free. A collective."""
+        with all_or_none(self.mesh.world, self.device):
+            for folder in self._passed if self.mesh.rank == 0 else []:
+                self._tell(f"put aside: {catalog.set_aside(folder)}")
+
     def due_by_the_clock(self) -> bool:
         """Whether checkpoint.every_minutes have passed since the last save began; by the clock of rank 0."""
         minutes = self.run.checkpoint.every_minutes
         return self.mesh.rank == 0 and minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, step: int, *, hurry: bool = False) -> None:
-        """Begins to save the state after `step` steps. A collective; raises UserError on all ranks.
+    def save(self, *, losses: tuple[float, ...] = (), hurry: bool = False) -> dict[str, Any]:
+        """Begins to save the state as it is now. A collective; raises UserError on all ranks.
 
-        hurry: the time that is left is short, so that a former save is not read back.
+        losses: what the guard compares the next one with. hurry: the time that is left is short, so that a former save
+        is not read back. Returns the line for positions.jsonl about the steps since the last save.
         """
+        step = self.step
         self._saved_at = time.monotonic()
         parallel, optim = self.run.parallel, self.run.optim
         state = State(
             step=step,
             position=self._position(step),
             quarantined=tuple(self.quarantined),
+            losses=losses,
             settings=decisive(self.run),
             fingerprint=fingerprint(self.run),
             data=self.inputs.data_hash,
@@ -152,6 +207,9 @@ class Restart:
             versions=versions(),
         )
         self.saver.begin(state, self.engine.shards(), hurry=hurry)
+        line = self._consumed(self.saved, step)
+        self.saved = step
+        return line
 
     def finish(self, *, hurry: bool) -> None:
         """Waits for the last save. A collective. Raises UserError, on all ranks, where it failed."""
@@ -167,7 +225,7 @@ class Restart:
         """Adds what a step of this rank has read; see `Batch.checksum`."""
         self._read += checksum
 
-    def consumed(self, from_step: int, step: int) -> dict[str, Any]:
+    def _consumed(self, from_step: int, step: int) -> dict[str, Any]:
         """Steps from_step + 1 to `step` read the positions `first` to `end` - 1, but for those `quarantined`.
 
         `rows` is the checksum of the rows that all ranks used there. A collective.
@@ -193,10 +251,22 @@ class Restart:
         inside = [span for span in self.quarantined if first <= span[0] < end]
         return line | ({"quarantined": inside} if inside else {})
 
+    @property
+    def pairs(self) -> int:
+        """Pairs that the run has read and counted."""
+        return self._pairs(self.step)
+
+    @property
+    def position(self) -> int:
+        """Where the next batch begins."""
+        return self._position(self.step)
+
+    def _pairs(self, step: int) -> int:
+        return self.first_pair + (step - self.first_step) * self.run.train.batch_pairs
+
     def _position(self, step: int) -> int:
         """The position at which a step of this start begins to read."""
-        pairs = self.first_pair + (step - self.first_step) * self.run.train.batch_pairs
-        return position_of(pairs, self.quarantined)
+        return position_of(self._pairs(step), self.quarantined)
 
     def _differences(self, reader: Reader) -> list[str]:
         state, checkpoint = reader.state, reader.checkpoint

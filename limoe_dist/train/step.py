@@ -25,6 +25,8 @@ from limoe_dist.optim.engine import Engine
 from limoe_dist.optim.schedule import learning_rate
 from limoe_dist.parallel.collectives import all_gather_rows
 from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.train.guard import Guard, Verdict
+from limoe_dist.train.votes import NOBODY, Ballot
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,42 @@ class StepResult:
     grad_norm: Tensor
     """Of the whole gradient, before clipping; the same on every rank."""
     rate: float
+    verdict: Verdict | None
+    """None without a guard."""
 
 
-def training_step(model: Limoe, engine: Engine, examples: Examples, *, step: int, run: Run, mesh: Mesh) -> StepResult:
-    """One optimizer step on one global batch; every rank calls it with its own slice, b = batch_pairs / world."""
+def training_step(
+    model: Limoe,
+    engine: Engine,
+    examples: Examples,
+    *,
+    step: int,
+    run: Run,
+    mesh: Mesh,
+    guard: Guard | None = None,
+    ballot: Ballot = NOBODY,
+) -> StepResult:
+    """One optimizer step on one global batch; every rank calls it with its own slice, b = batch_pairs / world.
+
+    guard: judges the step before its update; ballot: what else this rank has to say, in the same small collective.
+    """
     losses = backward(model, engine, examples, step=step, run=run, mesh=mesh)
     rate = learning_rate(step, optim=run.optim, steps=run.train.steps)
-    return StepResult(losses, engine.step(rate), rate)
+    if guard is None:
+        return StepResult(losses, engine.step(rate), rate, None)
+    norm, votes = engine.norm(_votes(losses, ballot))
+    verdict = guard.judge(votes, norm)
+    engine.step(rate, norm=norm, keep=verdict.keep)
+    return StepResult(losses, norm, rate, verdict)
+
+
+def _votes(losses: Losses, ballot: Ballot) -> Tensor:
+    """(LENGTH + 1,) float64: the ballot, whether this rank's loss is finite, and its share of the loss."""
+    share = (losses.contrastive + losses.aux).double()
+    numbers = torch.tensor([*ballot.numbers(), 0.0], dtype=torch.float64).to(share.device, non_blocking=True)
+    numbers[0] += ~torch.isfinite(share)
+    numbers[-1] = share
+    return numbers
 
 
 def backward(

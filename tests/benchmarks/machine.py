@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from launch.probes import cpu_model
+from launch.probes.machine import cpu_model
 
 
 def origin(module: str) -> dict[str, Any]:

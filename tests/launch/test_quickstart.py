@@ -87,7 +87,7 @@ def test_the_commands_have_options_that_limoe_knows(ran: list[list[str]]) -> Non
             command_module = importlib.import_module(f"data_prep.commands.{options[0].replace('-', '_')}")
             tyro.cli(command_module.Settings, args=options[1:])
         elif name == "train":
-            command, run = train._parse(options)
+            command, run = train.parse(options)
             assert (command.ranks, run.parallel.ep) == (2, 2)
         elif name == "eval":
             tyro.extras.subcommand_cli_from_dict(evaluate.TASKS, args=options)

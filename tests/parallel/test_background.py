@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+import weakref
 
 import pytest
 import torch
 
 from limoe_dist.parallel import background
-from limoe_dist.parallel.background import patiently
+from limoe_dist.parallel.background import Job, patiently
 from limoe_dist.parallel.mesh import Mesh
 from tests.support.ranks import RanksPool
 
@@ -34,3 +35,18 @@ def test_a_rank_that_is_done_joins_short_votes_until_all_are(ranks2: RanksPool) 
     assert (first, second) == (0, 1)
     # One vote would wait as long as the slowest rank works, and could run into its time limit.
     assert votes == same > 3
+
+
+class Held:
+    pass
+
+
+def test_a_job_that_is_over_holds_nothing_of_its_work() -> None:
+    held = Held()
+    seen = weakref.ref(held)
+    job = Job(lambda kept=held: str(type(kept)), "test")  # type: ignore[misc]
+    job.join()
+    del held
+    # The thread itself would drop it last, perhaps while the interpreter ends.
+    assert seen() is None
+    assert "Held" in job.result()

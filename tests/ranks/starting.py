@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from limoe_dist.config.schema import Parallel
 from limoe_dist.parallel.bootstrap import start
 from limoe_dist.parallel.collectives import raise_together, sum_over
 from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.train.faults import fault_file
 
 LIMIT_S = 60.0
 FOREVER_S = 300.0
@@ -74,7 +77,7 @@ def one_is_killed(mesh: Mesh, rank: int) -> None:
 
 def one_is_stopped(mesh: Mesh, rank: int) -> None:
     meet(mesh, rank)
-    if rank == 1:
+    if rank == int(os.environ["TEST_RANK"]):
         os.kill(os.getpid(), signal.SIGSTOP)
     sum_over(torch.ones(3), mesh.world)
 
@@ -92,8 +95,9 @@ def main(argv: list[str]) -> int:
         start_timeout_s=float(os.environ["TEST_START_S"]), timeout_s=float(os.environ["TEST_TIMEOUT_S"])
     )
     agree = {name: value for name, _, value in (pair.partition("=") for pair in argv[1:])}
+    problem, on_fault = os.environ.get("TEST_PROBLEM", ""), fault_file(Path(os.environ["TEST_RUN"]), os.environ)
     for _ in range(int(os.environ["TEST_STARTS"])):
-        with start(parallel, os.environ, agree=agree, problem=os.environ.get("TEST_PROBLEM", "")) as (mesh, _):
+        with start(parallel, os.environ, agree=agree, problem=problem, on_fault=on_fault) as (mesh, _):
             scenario(mesh, mesh.rank)
     return 0
 
@@ -104,6 +108,9 @@ class Ended:
     """Exit status by rank; minus the signal's number where a signal ended it."""
     printed: str
     """What all ranks printed, in the order in which they did."""
+    faults: list[dict[str, Any]]
+    """The lines of faults.jsonl."""
+    seconds: float
 
 
 def run_ranks(
@@ -120,12 +127,13 @@ def run_ranks(
     starts: int = 1,
     launchers_store: bool = False,
     awaits: Iterable[int] | None = None,
+    hosts: Mapping[int, str] | None = None,
 ) -> Ended:
     """Starts ranks (by default all of `world`) as processes of their own, and waits until they have ended.
 
     words: by rank, what it is started with, as name=value. problems: by rank, what it found before. rank: which one the
     scenario is about. launchers_store: the store is this process's, as it is torchrun's, instead of rank 0's.
-    awaits: the others are killed after these.
+    awaits: the others are killed after these. hosts: by rank, what Slurm calls its host; else it has its own name.
     """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if launchers_store else None
     environ = {
@@ -138,14 +146,16 @@ def run_ranks(
         "TEST_TIMEOUT_S": str(timeout_s),
         "TEST_RANK": str(rank),
         "TEST_STARTS": str(starts),
+        "TEST_RUN": str(folder / "run"),
     }
     # One process imports torch, once; ranks are forks of it, before any thread was started there.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     output = folder / "printed.txt"
-    processes = {}
+    processes, began = {}, time.monotonic()
     for number in range(world) if ranks is None else ranks:
         own = environ | {"RANK": str(number), "LOCAL_RANK": str(number)}
+        own["SLURMD_NODENAME"] = (hosts or {}).get(number, "")
         own["TEST_PROBLEM"] = (problems or {}).get(number, "")
         command = [scenario, *(words or {}).get(number, [])]
         processes[number] = context.Process(target=_serve, args=(command, own, output), daemon=True)
@@ -155,12 +165,15 @@ def run_ranks(
         deadline = time.monotonic() + LIMIT_S
         for number in processes if awaits is None else awaits:
             processes[number].join(deadline - time.monotonic())
+        seconds = time.monotonic() - began
         statuses = {number: process.exitcode for number, process in processes.items()}
     finally:
         for process in processes.values():
             process.kill()
             process.join()
-    return Ended(statuses, output.read_text())
+    faults = folder / "run" / "faults.jsonl"
+    lines = faults.read_text().splitlines() if faults.exists() else []
+    return Ended(statuses, output.read_text(), [json.loads(line) for line in lines], seconds)
 
 
 def _serve(command: list[str], environ: dict[str, str], output: Path) -> None:

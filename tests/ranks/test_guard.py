@@ -1,0 +1,222 @@
+"""Bad batches in a real run: left out, gone back from, or the end, the same on 1 and on 4 ranks, and on record."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from data_prep.inspection.audit import audit
+from limoe_dist.checkpoint.catalog import latest_checkpoint
+from limoe_dist.checkpoint.state import read_state
+from limoe_dist.config.errors import UserError
+from limoe_dist.config.exit_codes import GUARDED
+from limoe_dist.config.schema import Checkpoint, Data, Guard, Log, Parallel, Run
+from limoe_dist.data.loader import Batch
+from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.train import ledger
+from limoe_dist.train.folder import read_end
+from limoe_dist.train.ledger import Event
+from limoe_dist.train.loop import train
+from limoe_dist.train.step import StepResult
+from limoe_dist.train.training import Training
+from tests.support.cases import BATCH, small_run
+from tests.support.ranks import RanksPool
+from tests.support.shards import write_shards
+from tests.train.small import CPU, lines
+
+Harm = Literal["nan", "leap"]
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # 12 batches an epoch: the second epoch has other neighbours.
+    return write_shards(tmp_path_factory.mktemp("shards"), rows=192)
+
+
+def run_of(data: Path, guard: Guard, *, ranks: int) -> Run:
+    run = small_run("fp64", steps=STEPS)
+    return run.model_copy(
+        update={
+            "data": Data(manifest=str(data)),
+            "optim": run.optim.model_copy(update={"lr": 1e-2, "cooldown_steps": 2}),
+            "parallel": Parallel(ep=2 if ranks > 1 else 1),
+            "checkpoint": Checkpoint(every_steps=5, keep=5),
+            "guard": guard,
+            "log": Log(every_steps=1, tensorboard=False),
+        }
+    )
+
+
+def harmed(positions: set[int], harm: Harm) -> Any:
+    """try_step, but that the batches which begin at these positions of the data are bad ones."""
+    honest = Training.try_step
+
+    def try_step(training: Training, batch: Batch) -> StepResult:
+        if training.restart.position not in positions:
+            return honest(training, batch)
+        if harm == "leap":
+            # A far too sharp temperature, until the weights are gathered from their masters again.
+            with torch.no_grad():
+                training.model.log_scale += 4.6
+        elif training.mesh.rank == 0:
+            batch.images[0, 0, 0, 0] = torch.nan
+        return honest(training, batch)
+
+    return try_step
+
+
+def on_ranks(text: str, out: str, positions: list[int], harm: Harm, resume: bool, until: int | None) -> Any:
+    return go(Run.model_validate_json(text), Path(out), Mesh.build(tp=1, ep=2), positions, harm, resume, until)
+
+
+def go(run: Run, out: Path, mesh: Mesh, positions: list[int], harm: Harm, resume: bool, until: int | None) -> Any:
+    """The step at the end, or what ended it."""
+    honest, Training.try_step = Training.try_step, harmed({*positions}, harm)  # type: ignore[method-assign]
+    try:
+        return train(run, out, mesh=mesh, device=CPU, resume=resume, stop_after=until).step
+    except UserError as error:
+        return error.status, str(error)
+    finally:
+        Training.try_step = honest  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Both:
+    """The same run on one rank and on four."""
+
+    ranks4: RanksPool
+    data: Path
+    one: Path
+    four: Path
+
+    def go(
+        self, guard: Guard, positions: list[int], harm: Harm, *, resume: bool = False, until: int | None = None
+    ) -> Any:
+        """What all five gave."""
+        alone = go(run_of(self.data, guard, ranks=1), self.one, Mesh.single(), positions, harm, resume, until)
+        text = run_of(self.data, guard, ranks=4).model_dump_json()
+        found = self.ranks4.run(on_ranks, text, str(self.four), positions, harm, resume, until)
+        assert [str(each).replace("/four", "/one") for each in found] == [str(alone)] * 4
+        return alone
+
+    def events(self) -> list[dict[str, Any]]:
+        """The ledger: the same but for the time and the last digits."""
+        one, four = ledger.read(self.one), ledger.read(self.four)
+        for a, b in zip(one, four, strict=True):
+            numbers = {"loss", "grad_norm", "z"} & {*a}
+            assert {name: a[name] for name in numbers} == pytest.approx({name: b[name] for name in numbers}, rel=1e-6)
+            rest = {*a} - numbers - {"time"}
+            assert {name: a[name] for name in rest} == {name: b[name] for name in rest}
+        return one
+
+    def losses(self) -> dict[int, float]:
+        one, four = ({line["step"]: line["loss"] for line in lines(out)} for out in (self.one, self.four))
+        assert one == pytest.approx(four, rel=1e-9)
+        return one
+
+    def account(self) -> None:
+        """Every row that was used was read at its position, and no other was."""
+        for out in (self.one, self.four):
+            assert audit(out).faults == []
+
+
+@pytest.fixture
+def both(ranks4: RanksPool, tmp_path: Path, data: Path) -> Both:
+    return Both(ranks4, data, tmp_path / "one", tmp_path / "four")
+
+
+def passing_over(data: Path, folder: Path, guard: Guard, *spans: tuple[int, int]) -> dict[int, float]:
+    """The losses of a run that no batch harms, and that passes over these positions behind its first checkpoint."""
+    run, out = run_of(data, guard, ranks=1), folder / "told"
+    go(run, out, Mesh.single(), [], "nan", False, 5)
+    for first, end in spans:
+        ledger.append(out, Event("spike", "skip", 1, "told").passing(first, end))
+    assert go(run, out, Mesh.single(), [], "nan", True, None) == STEPS
+    return {line["step"]: line["loss"] for line in lines(out)}
+
+
+def test_a_batch_that_is_not_finite_is_left_out_and_the_run_goes_on_as_if_it_had_not_been(
+    both: Both, tmp_path: Path
+) -> None:
+    # The batch of step 8, and the one that stands in for it.
+    bad = [7 * BATCH, 8 * BATCH]
+    assert both.go(Guard(), bad, "nan") == STEPS
+    events = both.events()
+    assert [(event["kind"], event["action"], event["step"]) for event in events] == [("non_finite", "skip", 8)] * 2
+    assert [(event["first"], event["end"]) for event in events] == [(112, 128), (128, 144)]
+    assert sorted(both.losses()) == list(range(1, STEPS + 1))
+    assert both.losses() == passing_over(both.data, tmp_path, Guard(), (112, 144))
+    assert read_state(latest_checkpoint(both.one)).quarantined == ((112, 144),)
+    both.account()
+
+
+def test_a_leap_takes_the_run_back_to_its_checkpoint_and_past_the_data(both: Both, tmp_path: Path) -> None:
+    guard = Guard(spike="rollback", spike_window=8, rollback_batches=2, spike_z=20.0)
+    # Found at step 13: back to step 10, and past the batches of steps 12 and 13.
+    assert both.go(guard, [12 * BATCH], "leap") == STEPS
+    (event,) = both.events()
+    assert (event["kind"], event["action"], event["step"], event["to_step"]) == ("spike", "rollback", 13, 10)
+    assert (event["first"], event["end"]) == (11 * BATCH, 13 * BATCH)
+    assert both.losses() == passing_over(both.data, tmp_path, guard, (11 * BATCH, 13 * BATCH))
+    assert read_state(latest_checkpoint(both.four)).quarantined == ((11 * BATCH, 13 * BATCH),)
+    both.account()
+
+
+def test_what_was_passed_over_is_passed_over_again_by_a_run_that_was_killed(both: Both) -> None:
+    guard = Guard(spike="rollback", spike_window=8, rollback_batches=2, spike_z=20.0)
+    assert both.go(guard, [12 * BATCH], "leap", until=13) == 13
+    for out in (both.one, both.four):
+        # As a kill before the next save would have left it: back at the checkpoint before the leap.
+        shutil.rmtree(latest_checkpoint(out))
+        assert latest_checkpoint(out).name == "step-00000010"
+        assert read_state(latest_checkpoint(out)).quarantined == ()
+    before = both.losses()
+    assert both.go(guard, [12 * BATCH], "leap", resume=True) == STEPS
+    assert len(both.events()) == 1
+    after = both.losses()
+    assert {step: after[step] for step in range(1, 14)} == before
+    both.account()
+
+
+def test_a_stop_saves_what_there_is_and_says_why(both: Both) -> None:
+    status, text = both.go(Guard(non_finite="stop"), [7 * BATCH], "nan")
+    assert status == GUARDED
+    assert "step 8: the loss is not finite; all events are in" in text
+    for out in (both.one, both.four):
+        ended = read_end(out)
+        assert ended is not None
+        assert (ended.step, ended.status, latest_checkpoint(out).name) == (7, GUARDED, "step-00000007")
+    # The data have been mended.
+    assert both.go(Guard(non_finite="stop"), [], "nan", resume=True) == STEPS
+    both.account()
+
+
+def test_going_back_again_and_again_ends_the_run(both: Both) -> None:
+    guard = Guard(spike="rollback", spike_window=8, rollback_batches=1, spike_z=20.0, max_rollbacks=2)
+    # Whatever comes at step 12 leaps.
+    status, text = both.go(guard, [(11 + more) * BATCH for more in range(5)], "leap")
+    assert status == GUARDED
+    assert "went back to step 10 guard.max_rollbacks=2 times already" in text
+    assert [event["action"] for event in both.events()] == ["rollback", "rollback", "stop"]
+
+
+def test_without_a_checkpoint_to_go_back_to_the_batch_is_left_out(both: Both) -> None:
+    assert both.go(Guard(non_finite="rollback"), [2 * BATCH], "nan", until=4) == 4
+    (event,) = both.events()
+    assert (event["action"], event["first"], event["end"]) == ("skip", 2 * BATCH, 3 * BATCH)
+    both.account()
+
+
+def test_a_leap_that_is_noted_is_trained_on(both: Both) -> None:
+    assert both.go(Guard(spike_window=8, spike_z=20.0), [12 * BATCH], "leap") == STEPS
+    (event,) = both.events()
+    assert (event["kind"], event["action"], event["step"]) == ("spike", "note", 13)
+    assert "first" not in event
+    assert both.losses()[13] > 10 * both.losses()[12]
+    both.account()
