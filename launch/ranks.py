@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Mapping
 
 from limoe_dist.config.errors import UserError
+from limoe_dist.config.exit_codes import FAILED
 from limoe_dist.config.parse import decisive
 from limoe_dist.config.schema import Run
 from limoe_dist.data.manifest import manifest_place, sha256_of
@@ -92,3 +93,15 @@ def run_local(command: list[str], *, ranks: int, threads: int, grace_s: float) -
         print(f"limoe: error: rank {rank} was ended by signal {-failure.exitcode} ({name}){cause}", file=sys.stderr)
         return 128 - failure.exitcode
     return 0
+
+
+def main(words: list[str]) -> int:
+    """`python -m launch.ranks RANKS GRACE_S COMMAND...`: the launcher that launch/launchers.py calls torchrun."""
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    status = run_local(words[2:], ranks=int(words[0]), threads=threads, grace_s=float(words[1]))
+    # Of a signal that ended a rank it has told.
+    return FAILED if status > 128 else status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

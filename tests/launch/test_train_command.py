@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.shards import write_shards
+from tests.support.signalled import ranks_below
 
 # fmt: off
 SMALL = [
@@ -130,8 +130,7 @@ def test_a_signal_to_one_rank_is_not_taken_for_a_finished_run(tmp_path: Path, da
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/"):
-            ranks = [child for child in psutil.Process(process.pid).children() if "limoe_dist" in child.cmdline()]
-            ranks[-1].send_signal(signal.SIGTERM)
+            ranks_below(process.pid)[-1].send_signal(signal.SIGTERM)
             break
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
