@@ -9,11 +9,14 @@ TESTS ?=
 # make quickstart FIGURES=figures.json: where the measured figures go
 FIGURES ?= quickstart/figures.json
 
-.PHONY: help setup test soak soak-kill quickstart clean FORCE
+.PHONY: help setup test slurm-setup test-slurm-core test-slurm soak soak-kill quickstart clean FORCE
 
 help:
 	@echo 'make quickstart   set up, fetch the demo data, train the preset tiny on 2 ranks, evaluate, write a report'
 	@echo 'make test         set up, run every test'
+	@echo 'make test-slurm   runs on a real Slurm cluster of 12 hosts on this machine (root; first: make slurm-setup)'
+	@echo 'make test-slurm-core   the four scenarios of it that every push runs'
+	@echo 'make slurm-setup  install Slurm from packages of Debian or Ubuntu (root); starts no service'
 	@echo 'make soak         faults, kills and memory of data at full size: 10 million rows, 5,000 addresses (an hour)'
 	@echo 'make soak-kill    kill a small run at 100 random moments and at every write point'
 	@echo 'make setup        only make .venv, with the packages of requirements.txt and the command .venv/bin/limoe'
@@ -44,7 +47,16 @@ $(STAMP): requirements.txt pyproject.toml
 	@printf '%s\n' '$(CURDIR)' > $(STAMP)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --ignore=tests/slurm $(TESTS)
+
+slurm-setup:
+	tests/slurm/cluster install --mpi
+
+test-slurm-core: $(STAMP)
+	$(VENV)/bin/python -m pytest tests/slurm -m core
+
+test-slurm: $(STAMP)
+	$(VENV)/bin/python -m pytest tests/slurm -n 4 --dist worksteal
 
 soak-kill: $(STAMP)
 	$(VENV)/bin/python -m tests.soak.kill --out docs/measured/soak_kill.json
