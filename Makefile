@@ -53,7 +53,7 @@ slurm-setup:
 	tests/slurm/cluster install --mpi
 
 test-slurm-core: $(STAMP)
-	$(VENV)/bin/python -m pytest tests/slurm -m core
+	$(VENV)/bin/python -m pytest tests/slurm -m core -n 3 --dist worksteal
 
 test-slurm: $(STAMP)
 	$(VENV)/bin/python -m pytest tests/slurm -n 4 --dist worksteal
