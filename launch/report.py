@@ -74,6 +74,7 @@ def write_report(options: Options) -> Path:
 
     from limoe_dist.analysis.evaluated import results
     from limoe_dist.analysis.history import read_evaluations, read_metrics
+    from limoe_dist.analysis.incidents import read_incidents
     from limoe_dist.analysis.report import page
 
     history = read_metrics(folder / "metrics.jsonl")
@@ -81,7 +82,8 @@ def write_report(options: Options) -> Path:
     examples = _examples_or_why_not(options, run, folder)
     found = results(folder, evaluations, validation=run.data.validation)
     routed = routed_or_why_not(run, folder)
-    text = page(run, history, evaluations, found, _facts(run, folder), examples, routed)
+    incidents = read_incidents(folder)
+    text = page(run, history, evaluations, found, _facts(run, folder), examples, routed, incidents)
     path = Path(options.out) if options.out else folder / "report.html"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

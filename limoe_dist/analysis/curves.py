@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from limoe_dist.analysis.history import Column, History
-from limoe_dist.analysis.plots import Line, Panel, Reference, Tone
+from limoe_dist.analysis.incidents import ACTIONS, MOST_MARKS, Incidents
+from limoe_dist.analysis.plots import Line, Marks, Panel, Reference, Tone
 from limoe_dist.config.schema import Run
 
 MODALITIES: tuple[Tone, Tone] = ("image", "text")
@@ -34,8 +36,8 @@ class Note:
     text: str = ""
 
 
-def training_panels(history: History, run: Run) -> list[Note]:
-    """Loss, accuracy in the batch, learning rate, gradient norm, temperature and speed over the steps."""
+def training_panels(history: History, run: Run, incidents: Incidents | None = None) -> list[Note]:
+    """Loss with what the guard did, accuracy in the batch, learning rate, gradient norm, temperature and speed."""
     batch = run.train.batch_pairs
     accuracy = Panel(
         "Accuracy in the batch",
@@ -48,10 +50,7 @@ def training_panels(history: History, run: Run) -> list[Note]:
         low=0,
     )
     return [
-        Note(
-            _single(history, "Contrastive loss", "nats", "contrastive", Reference(math.log(batch), "chance")),
-            f"Chance is ln {batch:,} = {math.log(batch):.3g}: all pairs of the batch look alike.",
-        ),
+        _loss(history, run, incidents),
         *(
             [Note(_single(history, "Auxiliary loss", "weighted sum", "aux"), "Added to the contrastive loss.")]
             if run.moe.blocks
@@ -66,6 +65,31 @@ def training_panels(history: History, run: Run) -> list[Note]:
         ),
         Note(_single(history, "Throughput", "pairs/s", "pairs_per_s", low=0), "Over all ranks."),
     ]
+
+
+def _loss(history: History, run: Run, incidents: Incidents | None) -> Note:
+    batch = run.train.batch_pairs
+    panel = _single(history, "Contrastive loss", "nats", "contrastive", Reference(math.log(batch), "chance"))
+    text = f"Chance is ln {batch:,} = {math.log(batch):.3g}: all pairs of the batch look alike."
+    # Behind the last line there may be steps that are not logged yet. What lies further on is of before the run went
+    # back, and would press the curve to the side.
+    until = history.steps[-1] + run.log.every_steps
+    marks = _guard_marks(incidents, until=until) if incidents else ()
+    if not marks:
+        return Note(panel, text)
+    most = f" (of each action the newest {MOST_MARKS})" if any(len(each.steps) == MOST_MARKS for each in marks) else ""
+    return Note(replace(panel, marks=marks), f"{text} Upright lines: what the guard did{most}, see below.")
+
+
+def _guard_marks(incidents: Incidents, *, until: float) -> tuple[Marks, ...]:
+    looks: dict[str, tuple[Tone | None, Literal["solid", "dashed", "dashdot", "dotted"]]] = {
+        "note": (None, "dotted"),
+        "skip": ("two", "dashed"),
+        "rollback": ("three", "dashdot"),
+        "stop": ("text", "solid"),
+    }
+    found = ((action, incidents.steps(action, until=until)) for action in looks)
+    return tuple(Marks(tuple(steps), ACTIONS[action], *looks[action]) for action, steps in found if steps)
 
 
 def _gradient_norm(history: History, run: Run) -> Note:

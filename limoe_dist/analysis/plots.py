@@ -67,6 +67,17 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """Steps at which something happened, each a thin line from the bottom to the top."""
+
+    steps: tuple[int, ...]
+    """At least one."""
+    name: str
+    tone: Tone | None = None
+    style: Literal["solid", "dashed", "dashdot", "dotted"] = "solid"
+
+
+@dataclass(frozen=True)
 class Panel:
     title: str
     unit: str
@@ -78,6 +89,7 @@ class Panel:
     """Ends of the vertical axis, so that panels beside one another can be compared."""
     scale: Literal["linear", "log"] = "linear"
     """log: for values above 0 of which a few are far above the others."""
+    marks: tuple[Marks, ...] = ()
 
 
 def svg(panel: Panel, *, prefix: str) -> str:
@@ -90,8 +102,10 @@ def svg(panel: Panel, *, prefix: str) -> str:
         for reference in panel.references:
             colour = COLOURS[reference.tone] if reference.tone else QUIET
             axes.axhline(reference.value, color=colour, linewidth=1, linestyle=(0, (3, 3)), label=reference.name)
+        for marks in panel.marks:
+            _mark(axes, marks)
         _scale(axes, panel)
-        if len(panel.lines) + len(panel.references) > 1:
+        if len(panel.lines) + len(panel.references) + len(panel.marks) > 1:
             figure.legend(
                 loc="outside upper left",
                 ncols=3,
@@ -120,6 +134,7 @@ def alternative(panel: Panel) -> str:
             f"{line.name}: {first} at step {steps[0]:,.0f}, {last} at step {steps[-1]:,.0f}, between {low} and {high}"
         )
     told += [f"{reference.name}: {shown(reference.value, panel.unit)}" for reference in panel.references]
+    told += [f"{marks.name}: {_steps(marks.steps)}" for marks in panel.marks]
     return f"{panel.title}. {'; '.join(told)}."
 
 
@@ -133,6 +148,12 @@ def shown(value: float, unit: str) -> str:
     if unit == "%":
         return f"{100 * value:.1f} %"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _steps(steps: tuple[int, ...]) -> str:
+    if len(steps) == 1:
+        return f"at step {steps[0]:,}"
+    return f"at {len(steps):,} steps from {steps[0]:,} to {steps[-1]:,}"
 
 
 def _finite(line: Line) -> tuple[Column, Column]:
@@ -156,6 +177,22 @@ def _draw(axes: Axes, line: Line) -> None:
         solid_joinstyle="round",
         # A line along the edge of the panel, at 100 % or at 0, is seen whole.
         clip_on=False,
+    )
+
+
+def _mark(axes: Axes, marks: Marks) -> None:
+    colour = COLOURS[marks.tone] if marks.tone else QUIET
+    axes.vlines(
+        marks.steps,
+        0,
+        1,
+        transform=axes.get_xaxis_transform(),
+        colors=colour,
+        linewidth=1.1,
+        linestyles=marks.style,
+        label=marks.name,
+        # Below the curve, which they would cut into pieces.
+        zorder=1.5,
     )
 
 

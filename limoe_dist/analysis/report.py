@@ -15,6 +15,7 @@ from limoe_dist.analysis.evaluated import Result
 from limoe_dist.analysis.examples import Examples
 from limoe_dist.analysis.expert_matrix import expert_matrix
 from limoe_dist.analysis.history import History
+from limoe_dist.analysis.incidents import ACTIONS, FAULTS, KINDS, Incidents
 from limoe_dist.analysis.plots import not_finite, svg
 from limoe_dist.analysis.provenance import changed, data_sets, settings_by_section
 from limoe_dist.analysis.routing_section import Section
@@ -40,19 +41,25 @@ def page(
     facts: Facts,
     examples: Examples | str,
     routed: Section | str,
+    incidents: Incidents | None,
 ) -> str:
-    """The HTML of the report. examples, routed: a sentence where there are none, saying what to do about it."""
+    """The HTML of the report. examples, routed: a sentence where there are none, saying what to do about it.
+
+    incidents: None where no guard looked after the run.
+    """
     moe, results = bool(run.moe.blocks), tuple(results)
     told = {(result.data, result.step, figure) for result in results for figure in result.figures}
     settings = settings_by_section(run)
     content = {
         "run": run,
         "facts": facts,
-        "tiles": tiles(run, history, facts),
+        "tiles": tiles(run, history, facts, stopped=incidents is not None and incidents.stopped),
         "results": results,
         "unreadable": history.unreadable,
         "last_step": int(history.steps[-1]),
-        "training": _charts("t", curves.training_panels(history, run)),
+        "training": _charts("t", curves.training_panels(history, run, incidents)),
+        "incidents": incidents,
+        "words": {"kind": KINDS, "action": ACTIONS, "fault": FAULTS},
         "success": _charts("s", curves.success_panels(history)) if moe else [],
         "entropy": _charts("e", curves.entropy_panels(history, run)) if moe else [],
         "experts": _charts("x", curves.experts_panels(history, run)) if moe else [],

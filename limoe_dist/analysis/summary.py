@@ -29,9 +29,10 @@ class Tile:
     note: str = ""
 
 
-def tiles(run: Run, history: History, facts: Facts) -> list[Tile]:
-    """In the order in which they are read."""
+def tiles(run: Run, history: History, facts: Facts, *, stopped: bool = False) -> list[Tile]:
+    """In the order in which they are read. stopped: by the run's guard."""
     done, planned = int(history.steps[-1]), run.train.steps
+    state = "finished" if done >= planned else "stopped by its guard" if stopped else "running, or stopped early"
     loss, contrastive, aux = (history.latest(name) for name in ("loss", "contrastive", "aux"))
     found = [
         Tile("Preset", run.preset or "none", _architecture(run)),
@@ -39,9 +40,9 @@ def tiles(run: Run, history: History, facts: Facts) -> list[Tile]:
         Tile(
             "Steps",
             f"{done:,} of {planned:,}",
-            f"{'finished' if done >= planned else 'running, or stopped early'}; {done * run.train.batch_pairs:,} pairs",
+            f"{state}; {done * run.train.batch_pairs:,} pairs",
         ),
-        Tile("Last log line", *_date_and_time(history.latest("time"))),
+        Tile("Last log line", *date_and_time(history.latest("time"), "%H:%M UTC")),
         Tile("Training time", duration(training_seconds(history)), "from the logged seconds per step"),
         Tile("Ranks", "unknown" if facts.world is None else str(facts.world), _layout(run, facts.world)),
         Tile("Throughput", f"{_median(history, 'pairs_per_s')} pairs/s", "median over the log lines"),
@@ -102,12 +103,13 @@ def _layout(run: Run, world: int | None) -> str:
     return f"dp {world // tp} \N{MULTIPLICATION SIGN} tp {tp}{experts}"
 
 
-def _date_and_time(seconds: float | None) -> tuple[str, str]:
+def date_and_time(seconds: float | None, time_format: str) -> tuple[str, str]:
+    """The day and the time of it in UTC; "unknown" and nothing where `seconds` is no time that has a date."""
     try:
         moment = None if seconds is None else datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OverflowError, OSError):
         moment = None
-    return ("unknown", "") if moment is None else (f"{moment:%Y-%m-%d}", f"{moment:%H:%M} UTC")
+    return ("unknown", "") if moment is None else (f"{moment:%Y-%m-%d}", moment.strftime(time_format))
 
 
 def _median(history: History, name: str) -> str:

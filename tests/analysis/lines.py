@@ -11,6 +11,7 @@ from typing import Any
 from limoe_dist.analysis.evaluated import results
 from limoe_dist.analysis.examples import Examples
 from limoe_dist.analysis.history import read_evaluations, read_metrics
+from limoe_dist.analysis.incidents import read_incidents
 from limoe_dist.analysis.report import page
 from limoe_dist.analysis.routing_section import Section
 from limoe_dist.analysis.summary import Facts
@@ -64,7 +65,7 @@ def page_of(
     history = read_metrics(write(folder / "metrics.jsonl", lines))
     evaluated = read_evaluations(write(folder / "evaluations.jsonl", evaluations))
     found = results(folder, evaluated, validation=run.data.validation)
-    return page(run, history, evaluated, found, Facts("runs/first"), examples, routed)
+    return page(run, history, evaluated, found, Facts("runs/first"), examples, routed, read_incidents(folder))
 
 
 class Parsed(HTMLParser):

@@ -7,15 +7,21 @@ from pathlib import Path
 import pytest
 
 from limoe_dist.analysis.examples import Example, Examples, FoundText, Picture
+from limoe_dist.config.parse import save_run
 from limoe_dist.config.presets import preset
 from limoe_dist.config.schema import Data, Eval
-from tests.analysis.lines import Parsed, evaluation_line, metrics_line, page_of
+from tests.analysis.lines import Parsed, evaluation_line, metrics_line, page_of, write
 from tests.support.shards import write_shards
 
 PATH = "<script>alert(1)</script><img src=x onerror=alert(2)> \"'&"
 # A lone surrogate may come out of JSON; it cannot be written as UTF-8.
 HOSTILE = PATH + "\ud800"
 LINES = [metrics_line(step) for step in (10, 20, 30)]
+EVENTS = [
+    {"kind": "spike", "action": "note", "step": 12, "time": 1.7e9, "text": "step 12: the loss leaps"},
+    {"kind": "non_finite", "action": "skip", "step": 14, "text": "", "first": 1000, "end": 1016},
+    {"kind": "spike", "action": "rollback", "step": 33, "text": "", "first": 1016, "end": 2048, "to_step": 20},
+]
 
 
 def hostile_examples() -> Examples:
@@ -26,6 +32,11 @@ def hostile_examples() -> Examples:
 
 def sections(page: str) -> list[str | None]:
     return [attributes.get("id") for attributes in Parsed(page).named("section")]
+
+
+def dense_page(folder: Path, *, steps: tuple[int, ...] = (10, 20, 30)) -> str:
+    """A page with few curves, which take the time."""
+    return page_of(folder, [metrics_line(step, blocks=()) for step in steps], run=preset("tiny-dense"))
 
 
 def test_a_moe_run_has_every_section_in_order(tmp_path: Path) -> None:
@@ -159,3 +170,60 @@ def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
 def test_the_page_stays_small_for_any_number_of_lines(tmp_path: Path, count: int) -> None:
     page = page_of(tmp_path, [metrics_line(step, contrastive=step % 7) for step in range(1, count + 1)])
     assert 50_000 < len(page) < 1_000_000
+
+
+def test_what_the_guard_did_is_a_table_and_lines_in_the_loss_curve(tmp_path: Path) -> None:
+    write(tmp_path / "guard.jsonl", EVENTS)
+    page = dense_page(tmp_path)
+    text = Parsed(page).text.replace("\N{EN DASH}", "-")
+    assert sections(page)[:2] == ["curves", "guard"]
+    # In the order of the columns: noted, left out, went back, stopped.
+    assert "Not finite - 1 - - Spike 1 - 1 -" in text
+    assert "Collapse" not in text
+    assert "12 2023-11-14 22:13:20 spike the loss leaps noted - -" in text
+    assert "33 unknown spike went back 1,016 to 2,047 20" in text
+    assert "1,048 pairs of the data order are passed over" in text
+    loss = Parsed(page).named("svg")[0]["aria-label"] or ""
+    assert loss.endswith("noted: at step 12; left out: at step 14; went back: at step 33.")
+    assert "Upright lines: what the guard did" in text
+
+
+def test_a_run_that_its_guard_stopped_after_many_events_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "guard.jsonl", [EVENTS[0] | {"step": step} for step in range(1, 1001)])
+    (tmp_path / "ended.json").write_text(json.dumps({"step": 1000, "signal": 0, "status": 3}))
+    page = dense_page(tmp_path, steps=(500, 990))
+    text = Parsed(page).text
+    assert "stopped by its guard; " in text
+    assert "The guard stopped the run" in text
+    assert "the newest 50 of 1,000; guard.jsonl has all" in text
+    assert "what the guard did (of each action the newest 8), see below" in text
+    # Steps after the last line of metrics are marked as far as the next line would cover them.
+    assert "noted: at 8 steps from 993 to 1,000." in (Parsed(page).named("svg")[0]["aria-label"] or "")
+    assert len(page) < 1_000_000
+
+
+def test_a_run_without_events_says_so(tmp_path: Path) -> None:
+    save_run(preset("tiny"), tmp_path / "run.json")
+    page = dense_page(tmp_path)
+    text = Parsed(page).text
+    assert "No events: the guard found nothing to do or to note ( guard.non_finite=skip , guard.spike=note" in text
+    assert "Events by kind" not in text
+    assert "Faults" not in text
+    assert "Upright lines" not in text
+
+
+def test_faults_are_told_by_host_and_what_they_say_is_text(tmp_path: Path) -> None:
+    write(tmp_path / "guard.jsonl", [EVENTS[0] | {"text": HOSTILE}, EVENTS[0] | {"kind": HOSTILE}])
+    hosts = (["n2"], ["n2"], [HOSTILE], [])
+    faults = [{"kind": "hang", "hosts": names, "text": "no answer", "time": 1.7e9} for names in hosts]
+    write(tmp_path / "faults.jsonl", [*faults, {"kind": "broken", "hosts": ["n1"], "text": HOSTILE}])
+    page = dense_page(tmp_path)
+    parsed = Parsed(page)
+    assert "5 faults over all starts of the run" in parsed.text
+    assert "n2 stood still 2 2023-11-14 22:13:20 no answer" in parsed.text
+    assert "not known stood still 1" in parsed.text
+    assert parsed.named("script") == parsed.named("img") == []
+    assert parsed.text.count("<script>alert(1)</script>") == 3
+    assert "1 line of guard.jsonl could not be read" in parsed.text
+    assert len(parsed.named("caption")) == len(parsed.named("table"))
+    page.encode("utf-8")

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from limoe_dist.analysis.plots import Line, Panel, Reference, alternative, not_finite, svg
+from limoe_dist.analysis.plots import Line, Marks, Panel, Reference, alternative, not_finite, svg
 from limoe_dist.analysis.summary import duration
 
 STEPS = np.arange(10.0, 60, 10)
@@ -44,6 +44,26 @@ def test_the_panel_is_told_in_words() -> None:
     told = alternative(panel([5.0, 7.5, 2.25], references=(Reference(4.852, "chance"),)))
     assert told == "Loss. loss: 5 at step 10, 2.25 at step 30, between 2.25 and 7.5; chance: 4.852."
     assert 'aria-label="Loss. loss: 5 at step 10' in svg(panel([5.0]), prefix="a")
+
+
+def test_marks_stand_upright_over_the_whole_height_and_are_named() -> None:
+    marks = (Marks((20, 40), "left out"), Marks((30,), "stopped", "text"))
+    text = svg(panel([5.0, 4, 3, 2, 1], marks=marks), prefix="a")
+    assert {"left out", "stopped"} <= set(labels(text))
+    assert "left out: at 2 steps from 20 to 40; stopped: at step 30." in text
+    # A path straight up: two ends with one x.
+    upright = [
+        (x, y, high) for x, y, to, high in re.findall(r"M ([\d.]+) ([\d.]+) *\nL ([\d.]+) ([\d.]+)", text) if x == to
+    ]
+    tallest = max(float(y) - float(high) for _, y, high in upright)
+    assert tallest > 80
+
+
+def test_marks_leave_the_vertical_axis_to_the_curve() -> None:
+    plain, marked = (
+        labels(svg(panel([500.0, 504.0], marks=marks), prefix="a")) for marks in ((), (Marks((15,), "x"),))
+    )
+    assert [label for label in marked if label not in ("x", "loss")] == plain
 
 
 def test_two_panels_share_no_id() -> None:
