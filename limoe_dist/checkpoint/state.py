@@ -27,6 +27,17 @@ class Layout(BaseModel):
     optimizer: str
 
 
+class Watched(BaseModel):
+    """What the guard has seen; see limoe_dist/train/guard.py."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    losses: tuple[float, ...] = Field(default=(), max_length=4096)
+    """Those that the next step's loss is compared with, oldest first."""
+    bad_lines: _Count = 0
+    """Lines of metrics in a row that tell of a collapse."""
+
+
 class State(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,8 +47,7 @@ class State(BaseModel):
     """The next position of the data order: with `quarantined` the whole state of the input pipeline."""
     quarantined: tuple[tuple[_Count, _Count], ...] = ()
     """Positions that the run jumps over, as rising ranges (first, end); see limoe_dist/data/order.py."""
-    losses: tuple[float, ...] = Field(default=(), max_length=4096)
-    """Those that the next step's loss is compared with, oldest first; see limoe_dist/train/guard.py."""
+    watched: Watched = Watched()
     settings: dict[str, Any]
     """Those that decide results, by dotted name; see config.parse.decisive."""
     fingerprint: str

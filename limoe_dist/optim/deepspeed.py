@@ -98,9 +98,10 @@ class DeepSpeedEngine:
 
     def step(self, rate: float, *, norm: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         norm = self.norm()[0] if norm is None else norm
-        self._clip(norm)
+        self._clip(norm, keep)
         for zero in self.zeros:
-            stay_out(zero.optimizer, keep)
+            # With offload the update is on the host, which has to wait for the verdict too.
+            stay_out(zero.optimizer, None if keep is None else keep.to(zero.device))
             zero.set_lr(rate)
             zero.step()
             zero.zero_grad()
@@ -148,11 +149,16 @@ class DeepSpeedEngine:
         return [part for zero in self.zeros for part in _sums(zero)]
 
     @torch.no_grad()
-    def _clip(self, norm: Tensor) -> None:
-        """Scales all sums by min(1, clip_norm / norm)."""
+    def _clip(self, norm: Tensor, keep: Tensor | None) -> None:
+        """Scales all sums by min(1, clip_norm / norm); those of a step that is left out become zeros."""
         parts = self._sums()
         factor = (self.clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
         torch._foreach_mul_(parts, factor.to(parts[0]))
+        if keep is not None:
+            # With offload these are buffers that stay: what is not finite would be in all later sums.
+            left_out = (keep == 0).to(parts[0].device)
+            for part in parts:
+                part.masked_fill_(left_out, 0.0)
 
     def _states(self) -> Iterator[dict[str, Tensor]]:
         for zero in self.zeros:

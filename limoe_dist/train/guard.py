@@ -8,13 +8,13 @@ alike, and the same on any number of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from limoe_dist.checkpoint.state import Watched
 from limoe_dist.config import schema
 from limoe_dist.train.ledger import Event, Kind, finite
 from limoe_dist.train.metrics import success
@@ -84,15 +84,16 @@ class Guard:
         self._losses_W.scatter_(0, slot, torch.where(kept, loss, before))
         self._count += kept
 
-    def losses(self) -> tuple[float, ...]:
-        """Those that the next one is compared with, oldest first: with them in a checkpoint, a replay judges alike."""
+    def watched(self) -> Watched:
+        """What it compares with, losses oldest first: with it in a checkpoint, a replay judges alike."""
         count = int(self._count.item())
         found: list[float] = self._losses_W.roll(-(count % len(self._losses_W))).tolist()
-        return tuple(found[max(0, len(found) - count) :])
+        return Watched(losses=tuple(found[max(0, len(found) - count) :]), bad_lines=self._bad_lines)
 
-    def remember(self, losses: Sequence[float]) -> None:
-        """Goes on from what `losses` gave, perhaps with another window."""
-        losses = losses[-len(self._losses_W) :]
+    def remember(self, watched: Watched) -> None:
+        """Goes on from what `watched` gave, perhaps with another window."""
+        self._bad_lines = watched.bad_lines
+        losses = watched.losses[-len(self._losses_W) :]
         self._losses_W.fill_(torch.nan)
         self._losses_W[: len(losses)] = torch.tensor(losses, dtype=torch.float64)
         self._count.fill_(len(losses))
@@ -118,17 +119,24 @@ class Guard:
             return None
         action = self.settings.non_finite if judged.kind == "non_finite" else self.settings.spike
         assert action != "off"
-        text = f"step {step}: {_what(judged)}"
-        if action == "skip":
-            self._skipped += 1
-            if self._skipped >= self.settings.max_skips:
-                action = "stop"
-                text += f"; guard.max_skips={self.settings.max_skips} batches in a row were left out"
         loss, grad_norm, z = (finite(number) for number in (judged.loss, judged.grad_norm, judged.z))
-        return Event(judged.kind, action, step, text, loss=loss, grad_norm=grad_norm, z=z)
+        event = Event(judged.kind, action, step, f"step {step}: {_what(judged)}", loss=loss, grad_norm=grad_norm, z=z)
+        return self.skipped(event) if action == "skip" else event
+
+    def skipped(self, event: Event) -> Event:
+        """Counts a batch that is about to be left out: the event, or the end of the run where it is one too many."""
+        self._skipped += 1
+        if self._skipped < self.settings.max_skips:
+            return replace(event, action="skip")
+        more = (
+            f"guard.max_skips={self.settings.max_skips} batches in a row were of no use, and a resumed run begins "
+            "with the last of them again"
+        )
+        return event.told(more, action="stop")
 
     def goes_back(self, *, to_step: int) -> str:
         """Notes a rollback; why it should not be made, or empty."""
+        self._bad_lines = 0
         self._went_back[to_step] = self._went_back.get(to_step, 0) + 1
         if self._went_back[to_step] <= self.settings.max_rollbacks:
             return ""
@@ -138,11 +146,17 @@ class Guard:
         """At a line of metrics, which is the same on all ranks: whether experts or a modality have collapsed."""
         problem = "" if self.settings.collapse == "off" else self._collapsed(figures)
         self._bad_lines = self._bad_lines + 1 if problem else 0
-        # Once, and again only after it was well in between.
-        if self._bad_lines != self.settings.collapse_lines or self.settings.collapse == "off":
+        action, lines = self.settings.collapse, self._bad_lines
+        # A note comes once, and again only after it was well in between; of the others each time counts from one.
+        if (
+            action == "off"
+            or lines < self.settings.collapse_lines
+            or (action == "note" and lines > self.settings.collapse_lines)
+        ):
             return None
-        text = f"step {step}: for {self._bad_lines} lines of metrics {problem}"
-        return Event("collapse", self.settings.collapse, step, text)
+        if action != "note":
+            self._bad_lines = 0
+        return Event("collapse", action, step, f"step {step}: for {lines} lines of metrics {problem}")
 
     def _collapsed(self, figures: dict[str, Any]) -> str:
         least, most = self.settings.min_success, self.settings.max_dead_frac

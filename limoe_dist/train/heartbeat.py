@@ -77,6 +77,11 @@ class Heartbeat:
         self._step = step
         self.beat()
 
+    def went_back(self, step: int) -> None:
+        """So many steps are done, fewer than before."""
+        self._step = step
+        self._write(now=True)
+
     def phase(self, phase: Phase) -> None:
         """What the run does from now on. What comes between a step and "train" is no part of any step."""
         if phase == "train":

@@ -14,6 +14,8 @@ from limoe_dist.config.errors import warn
 from limoe_dist.data.order import Ranges, joined
 
 NAME = "guard.jsonl"
+MOST = 1 << 62
+"""No run reads so many positions: a line with more is not ours."""
 Kind = Literal["non_finite", "spike", "collapse"]
 Action = Literal["note", "skip", "rollback", "stop"]
 
@@ -90,5 +92,5 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
 def passed_over(run_dir: Path, *, position: int) -> tuple[tuple[int, int], ...]:
     """The ranges that the ledger tells of from `position` on: those that a checkpoint there does not know yet."""
     ranges = [(event.get("first"), event.get("end")) for event in read(run_dir)]
-    known: Ranges = [(a, b) for a, b in ranges if isinstance(a, int) and isinstance(b, int) and position <= a < b]
+    known: Ranges = [(a, b) for a, b in ranges if type(a) is int and type(b) is int and position <= a < b <= MOST]
     return joined(known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -58,20 +59,19 @@ def train(
         # A garbage collection in the middle of a step makes all ranks wait for one: what lives until here is left out.
         gc.collect()
         gc.freeze()
-        training.make_up_for_evaluation()
-        while True:
+        halt = _Halt(signal=training.make_up_for_evaluation())
+        while not halt.signal:
             halt = _steps(training, end)
             if halt.event is None or halt.event.action != "rollback":
                 break
-            if (refused := training.go_back(halt.event, behind=_behind(training, halt.event))) is not None:
-                halt = _Halt(event=refused)
+            refused = training.go_back(halt.event, behind=_behind(training, halt.event))
+            halt = _Halt(halt.signal, refused)
+            if refused is not None:
                 break
         training.heartbeat.phase("save")
-        hurry = halt.signal != 0
-        training.restart.finish(hurry=hurry)
         if halt.event is not None:
-            training.note(halt.event)
-            raise UserError(f"{halt.event.text}; {_advice(halt.event, out)}", told_by=0, status=GUARDED)
+            _stop(training, halt.event)
+        training.restart.finish(hurry=halt.signal != 0)
         training.note_end(signal=halt.signal)
         return Outcome(step=training.restart.step, signal=halt.signal)
 
@@ -96,25 +96,34 @@ def _steps(training: Training, end: int) -> _Halt:
         step, signal = restart.step, judged.ballot.signal
         ends = signal != 0 or _ends_steps(event) or step == end
         if training.window.steps and (ends or (judged.kept and due(step, run.log.every_steps))):
-            collapse = guard.look(training.log_figures(), step=step)
-            if collapse is not None and collapse.action == "note":
-                training.note(collapse)
-            event = event if _ends_steps(event) else collapse
+            figures = training.log_figures()
+            event = event if _ends_steps(event) else training.look(figures)
         halts = _ends_steps(event)
-        # What is gone back from is not kept.
-        goes_back = halts and event is not None and event.action == "rollback" and not signal
         wanted = ends or halts or judged.ballot.clock or due(step, run.checkpoint.every_steps)
+        # What is gone back from is not kept.
+        goes_back = event is not None and event.action == "rollback"
         if step > restart.saved and wanted and not goes_back:
             training.save(hurry=signal != 0)
         if judged.kept and not signal and not halts and training.evaluation_due():
-            training.evaluate()
+            signal = training.evaluate()
+            if signal and step > restart.saved:
+                training.save(hurry=True)
         training.window.restart_clock()
         training.heartbeat.phase("train")
-        if signal:
-            return _Halt(signal=signal)
-        if halts:
-            return _Halt(event=event)
+        if signal or halts:
+            return _Halt(signal, event if halts else None)
     return _Halt()
+
+
+def _stop(training: Training, event: Event) -> NoReturn:
+    """The end of a run that its guard stops: on record first, whatever becomes of the last save."""
+    training.note(event)
+    text = f"{event.text}; {_advice(event, training.out)}"
+    try:
+        training.restart.finish(hurry=False)
+    except UserError as error:
+        text += f"; and {error}"
+    raise UserError(text, told_by=0, status=GUARDED)
 
 
 def _ends_steps(event: Event | None) -> bool:

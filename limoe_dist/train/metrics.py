@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import time
 from contextlib import suppress
@@ -161,10 +160,7 @@ class Log:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether evaluations.jsonl has a line of this step; False on ranks that do not write."""
-        path = self.out / "evaluations.jsonl"
-        if not self.writes or not path.exists():
-            return False
-        return re.search(rf'"step": {step}[,}}]', path.read_text(encoding="utf-8")) is not None
+        return self.writes and any(line["step"] == step for _, line in _read(self.out / "evaluations.jsonl"))
 
     def metrics(self, figures: dict[str, Any]) -> None:
         self._line("metrics.jsonl", figures)
@@ -181,10 +177,9 @@ class Log:
             self._owed.clear()
 
     def newest_positions(self) -> dict[str, Any] | None:
-        """The last line of positions.jsonl; None where there is none, and on ranks that do not write."""
-        path = self.out / "positions.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if self.writes and path.exists() else []
-        return json.loads(lines[-1]) if lines else None  # type: ignore[no-any-return]
+        """The last whole line of positions.jsonl; None where there is none, and on ranks that do not write."""
+        lines = _read(self.out / "positions.jsonl") if self.writes else []
+        return next((line for _, line in reversed(lines) if _is_number(line.get("end"))), None)
 
     def _line(self, name: str, *contents: dict[str, Any]) -> bool:
         """Whether the lines are there now; True on ranks that do not write."""
@@ -224,19 +219,28 @@ class Log:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drops the lines of steps that a resumed run does again, and a line that was cut in the middle."""
+    """Drops the lines of steps that a resumed run does again, and what is no line of a step."""
     if not path.exists():
         return
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
+    kept = "".join(f"{text}\n" for text, line in _read(path) if line["step"] <= step)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.write_text(kept, encoding="utf-8")
     temporary.replace(path)
+
+
+def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each line as it is and what it holds; without those that a power cut or a person damaged: they have no step."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and _is_number(line.get("step")):
+                lines.append((text, line))
+    return lines
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _scalars(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

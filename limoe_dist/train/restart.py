@@ -14,7 +14,7 @@ from limoe_dist.checkpoint import catalog
 from limoe_dist.checkpoint.initial import Taken, take_weights
 from limoe_dist.checkpoint.reader import Reader, load, open_checkpoint
 from limoe_dist.checkpoint.saver import Saver
-from limoe_dist.checkpoint.state import Layout, State, versions
+from limoe_dist.checkpoint.state import Layout, State, Watched, versions
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.parse import changed_settings, decisive, fingerprint
 from limoe_dist.config.schema import Run
@@ -43,8 +43,8 @@ class Restart:
         """Steps that are done now."""
         self.saved = 0
         """Those of the newest checkpoint."""
-        self.losses: tuple[float, ...] = ()
-        """What the guard compares with, from the checkpoint that was read."""
+        self.watched = Watched()
+        """What the guard goes on from, as the checkpoint has it."""
         self._batch_before: int | None = None
         self._seen: list[Path] = []
         self._passed: list[Path] = []
@@ -70,6 +70,7 @@ class Restart:
                 "put that back, or remove the directory to begin at step 0, and resume again"
             )
             raise_together([problem] if any_cut else [], self.mesh.world, self.device)
+            self.quarantined = joined(self._told_since(0))
             return 0
         reader = open_checkpoint(self.out, self.mesh, self.device)
         raise_together(self._differences(reader), self.mesh.world, self.device)
@@ -81,7 +82,7 @@ class Restart:
         self._batch_before = state.settings.get("train.batch_pairs")
         self.first_pair = pairs_before(state.position, state.quarantined)
         self.quarantined = joined([*state.quarantined, *self._told_since(state.position)])
-        self.losses = state.losses
+        self.watched = state.watched
         self._saved_position = self._told = state.position
         self._read = 0
         self._passed = [*cut, *(path for path in there if catalog.step_of(path) > state.step)]
@@ -183,10 +184,10 @@ class Restart:
         minutes = self.run.checkpoint.every_minutes
         return self.mesh.rank == 0 and minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, *, losses: tuple[float, ...] = (), hurry: bool = False) -> dict[str, Any]:
+    def save(self, *, watched: Watched, hurry: bool = False) -> dict[str, Any]:
         """Begins to save the state as it is now. A collective; raises UserError on all ranks.
 
-        losses: what the guard compares the next one with. hurry: the time that is left is short, so that a former save
+        watched: what the guard goes on from. hurry: the time that is left is short, so that a former save
         is not read back. Returns the line for positions.jsonl about the steps since the last save.
         """
         step = self.step
@@ -196,7 +197,7 @@ class Restart:
             step=step,
             position=self._position(step),
             quarantined=tuple(self.quarantined),
-            losses=losses,
+            watched=watched,
             settings=decisive(self.run),
             fingerprint=fingerprint(self.run),
             data=self.inputs.data_hash,
@@ -248,7 +249,7 @@ class Restart:
     def _line(self, from_step: int, step: int, end: int) -> dict[str, Any]:
         first, self._told = self._told, end
         line: dict[str, Any] = {"step": step, "from_step": from_step, "first": first, "end": end}
-        inside = [span for span in self.quarantined if first <= span[0] < end]
+        inside = [(max(a, first), min(b, end)) for a, b in self.quarantined if a < end and first < b]
         return line | ({"quarantined": inside} if inside else {})
 
     @property

@@ -32,6 +32,15 @@ from limoe_dist.train.restart import Restart
 from limoe_dist.train.step import Examples, StepResult, training_step
 from limoe_dist.train.votes import Ballot
 
+LISTEN_EVERY = 8
+"""Forward passes of an evaluation between two votes on whether to stop."""
+
+
+class _Stopped(Exception):
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
 
 class Training:
     """One start of a run, on one rank. Its methods are collectives, but for those that say or note something."""
@@ -55,22 +64,35 @@ class Training:
         with all_or_none(mesh.world, device):
             if mesh.rank == 0:
                 self.claim = begin(out, run, inputs.tokenizer.path)
+        try:
+            self._take_up(resume, taken.text(inputs.tokenizer_hash) if taken else "")
+        except UserError as error:
+            self.note_end(status=error.status, reason=str(error))
+            if self.claim is not None:
+                self.claim.close()
+            raise
+
+    def _take_up(self, resume: bool, taken: str) -> None:
+        """The directory is ours: opens what is written there."""
+        run, mesh = self.run, self.mesh
+        with all_or_none(mesh.world, self.device):
+            if mesh.rank == 0:
                 self.restart.check_nothing_new()
                 if not self.first_step:
-                    forget_replaced(out)
+                    forget_replaced(self.out)
         self.display = Display(steps=run.train.steps, first_step=self.first_step, shows=mesh.rank == 0)
         self.log = self._opened_log()
-        self.window = Window(run, mesh, device)
+        self.window = Window(run, mesh, self.device)
         self.heartbeat = Heartbeat(
-            out,
+            self.out,
             mesh=mesh,
-            device=device,
+            device=self.device,
             step=self.first_step,
             steps=run.train.steps,
             straggler_factor=run.log.straggler_factor,
         )
-        self._tell_start(resume, taken.text(inputs.tokenizer_hash) if taken else "")
-        self.restart.open_saver(self.claim, stop, self.display.say)
+        self._tell_start(resume, taken)
+        self.restart.open_saver(self.claim, self.stop, self.display.say)
 
     def _tell_start(self, resume: bool, taken: str) -> None:
         if resume and not self.first_step:
@@ -87,7 +109,7 @@ class Training:
             log = Log(self.out, self.run, first_step=restart.step, writes=self.mesh.rank == 0)
             if (missed := restart.missed(log.newest_positions())) is not None:
                 log.positions(missed)
-        self.guard.remember(restart.losses)
+        self.guard.remember(restart.watched)
         return log
 
     def batches(self, end: int) -> Iterator[Batch]:
@@ -151,18 +173,21 @@ class Training:
         """The step was multiplied by zero: the next batch is for the same step."""
         self.engine.steps = self.restart.step
         self.note(event.passing(*self.restart.leave_out()))
+        self.heartbeat.beat()
 
     def go_back(self, event: Event, *, behind: int) -> Event | None:
         """Goes on from the newest checkpoint, past the data before step `behind`; an event where it has to stop."""
+        self.heartbeat.phase("start")
         old = self.restart.step
         span = self.restart.go_back(self.run.guard.rollback_batches, behind=behind)
+        if span is None and event.kind == "collapse":
+            self.note(event.told("there is no checkpoint to go back to", action="note"))
+            return None
         if span is None:
-            if event.kind == "collapse":
-                self.note(event.told("there is no checkpoint to go back to", action="note"))
-            else:
-                self.leave_out(
-                    event.told("there is no checkpoint to go back to: this batch is left out", action="skip")
-                )
+            event = self.guard.skipped(event.told("there is no checkpoint to go back to: this batch is left out"))
+            if event.action == "stop":
+                return event
+            self.leave_out(event)
             return None
         to_step = self.restart.step
         if problem := self.guard.goes_back(to_step=to_step):
@@ -170,6 +195,7 @@ class Training:
         self.log.close()
         self.log = self._opened_log()
         self.window = Window(self.run, self.mesh, self.device)
+        self.heartbeat.went_back(to_step)
         self.note(
             event.passing(*span).told(f"back from step {old} to the checkpoint of step {to_step}", to_step=to_step)
         )
@@ -191,36 +217,52 @@ class Training:
             self.display.say(pace.told)
         return figures
 
+    def look(self, figures: dict[str, Any]) -> Event | None:
+        """What the guard wants after a line of metrics, where that is more than a note."""
+        event = self.guard.look(figures, step=self.restart.step)
+        if event is not None and event.action == "note":
+            self.note(event)
+            return None
+        return event
+
     def save(self, *, hurry: bool) -> None:
         self.heartbeat.phase("save")
-        self.log.positions(self.restart.save(losses=self.guard.losses(), hurry=hurry))
+        self.log.positions(self.restart.save(watched=self.guard.watched(), hurry=hurry))
 
     def evaluation_due(self) -> bool:
         step, every = self.restart.step, self.run.eval.every_steps
         return self.inputs.validation is not None and (step == self.run.train.steps or due(step, every))
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> int:
+        """An evaluation of the step that is done; the signal that broke it off, or 0."""
         self.heartbeat.phase("evaluate")
-        results = evaluate(
-            self.model,
-            self.run,
-            self.inputs,
-            mesh=self.mesh,
-            device=self.device,
-            between=self._between_passes,
-        )
+        self._passes = 0
+        model, run, inputs = self.model, self.run, self.inputs
+        try:
+            results = evaluate(model, run, inputs, mesh=self.mesh, device=self.device, between=self._between_passes)
+        except _Stopped as stopped:
+            self.display.say(f"step {self.restart.step}: the evaluation was broken off; a resumed run makes it")
+            return stopped.signal
         self.log.evaluation({"step": self.restart.step} | results.to_json())
         self.display.say(f"step {self.restart.step}: {results.line()}")
+        return 0
 
     def _between_passes(self) -> None:
+        """At the same moments on all ranks. Raises _Stopped, on all, where one was told to stop."""
         self.restart.saver.go_on()
         self.heartbeat.beat()
+        self._passes += 1
+        if self._passes % LISTEN_EVERY == 0:
+            (signal,) = vote(self.mesh.world, self.device, self.stop.received)
+            if signal:
+                raise _Stopped(signal)
 
-    def make_up_for_evaluation(self) -> None:
-        """A run that was stopped between a checkpoint and its evaluation makes it now."""
+    def make_up_for_evaluation(self) -> int:
+        """A run that was stopped between a checkpoint and its evaluation makes it now; as `evaluate`."""
         done = self.log.has_evaluation(self.restart.step)
         if self.restart.step and self.evaluation_due() and not any(vote(self.mesh.world, self.device, done)):
-            self.evaluate()
+            return self.evaluate()
+        return 0
 
     def note_end(self, *, signal: int = 0, status: int | None = None, reason: str = "") -> None:
         """Says in the run's directory that this start ended by itself."""

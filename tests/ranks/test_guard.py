@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from data_prep.inspection.audit import audit
+from limoe_dist.checkpoint import disk
 from limoe_dist.checkpoint.catalog import latest_checkpoint
 from limoe_dist.checkpoint.state import read_state
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.exit_codes import GUARDED
+from limoe_dist.config.exit_codes import GO_ON, GUARDED
 from limoe_dist.config.schema import Checkpoint, Data, Guard, Log, Parallel, Run
 from limoe_dist.data.loader import Batch
 from limoe_dist.parallel.mesh import Mesh
@@ -220,3 +225,100 @@ def test_a_leap_that_is_noted_is_trained_on(both: Both) -> None:
     assert "first" not in event
     assert both.losses()[13] > 10 * both.losses()[12]
     both.account()
+
+
+def signalled(steps: set[int], number: int) -> Any:
+    """try_step, but that this process has received a signal before the steps of these numbers, from 0."""
+    honest = Training.try_step
+
+    def try_step(training: Training, batch: Batch) -> StepResult:
+        if training.restart.step in steps and training.mesh.rank == training.mesh.world.size - 1:
+            signal.raise_signal(number)
+        return honest(training, batch)
+
+    return try_step
+
+
+def stopped_in(text: str, out: str, step: int, positions: list[int], harm: Harm) -> Any:
+    """On a rank: `go`, with SIGUSR2 to the last rank in that step."""
+    mesh = Mesh.build(tp=1, ep=2) if dist.is_initialized() else Mesh.single()
+    honest, Training.try_step = Training.try_step, signalled({step}, signal.SIGUSR2)  # type: ignore[method-assign]
+    try:
+        return go(Run.model_validate_json(text), Path(out), mesh, positions, harm, out.endswith("again"), None)
+    finally:
+        Training.try_step = honest  # type: ignore[method-assign]
+
+
+def test_a_signal_in_the_step_of_a_leap_does_not_save_what_is_gone_back_from(both: Both) -> None:
+    guard = Guard(spike="rollback", spike_window=8, rollback_batches=2, spike_z=20.0)
+    text = run_of(both.data, guard, ranks=4).model_dump_json()
+    both.ranks4.run(stopped_in, text, str(both.four), 12, [12 * BATCH], "leap")
+    stopped_in(run_of(both.data, guard, ranks=1).model_dump_json(), str(both.one), 12, [12 * BATCH], "leap")
+    for out in (both.one, both.four):
+        ended = read_end(out)
+        assert ended is not None
+        assert (ended.status, ended.step, latest_checkpoint(out).name) == (GO_ON, 10, "step-00000010")
+    (event,) = both.events()
+    assert (event["action"], event["first"], event["end"]) == ("rollback", 11 * BATCH, 13 * BATCH)
+    assert both.go(guard, [], "leap", resume=True) == STEPS
+    both.account()
+
+
+def test_a_stop_of_the_guard_weighs_more_than_a_signal(both: Both) -> None:
+    text = run_of(both.data, Guard(non_finite="stop"), ranks=1).model_dump_json()
+    status, told = stopped_in(text, str(both.one), 7, [7 * BATCH], "nan")
+    assert (status, "the loss is not finite" in told) == (GUARDED, True)
+    (event,) = ledger.read(both.one)
+    assert event["action"] == "stop"
+
+
+def test_a_save_between_two_batches_that_are_left_out_loses_none_of_them(both: Both) -> None:
+    # Stopped in the step of the first: its checkpoint knows one of the two neighbours.
+    text = run_of(both.data, Guard(), ranks=1).model_dump_json()
+    stopped_in(text, str(both.one), 7, [7 * BATCH, 8 * BATCH], "nan")
+    assert read_state(latest_checkpoint(both.one)).quarantined == ((7 * BATCH, 8 * BATCH),)
+    assert go(run_of(both.data, Guard(), ranks=1), both.one, Mesh.single(), [8 * BATCH], "nan", True, None) == STEPS
+    assert read_state(latest_checkpoint(both.one)).quarantined == ((7 * BATCH, 9 * BATCH),)
+    assert audit(both.one).faults == []
+
+
+def test_batches_without_a_checkpoint_behind_them_are_counted_too(both: Both) -> None:
+    guard = Guard(non_finite="rollback", max_skips=3)
+    status, text = both.go(guard, [number * BATCH for number in range(40)], "nan")
+    assert status == GUARDED
+    assert "guard.max_skips=3 batches in a row were of no use" in text
+    assert [event["action"] for event in both.events()] == ["skip", "skip", "stop"]
+
+
+def test_a_run_that_begins_again_passes_over_what_its_ledger_tells(both: Both) -> None:
+    assert go(run_of(both.data, Guard(), ranks=1), both.one, Mesh.single(), [2 * BATCH], "nan", False, 4) == 4
+    shutil.rmtree(both.one / "checkpoints")
+    (both.one / "positions.jsonl").unlink()
+    assert go(run_of(both.data, Guard(), ranks=1), both.one, Mesh.single(), [], "nan", True, None) == STEPS
+    assert read_state(latest_checkpoint(both.one)).quarantined == ((2 * BATCH, 3 * BATCH),)
+    assert audit(both.one).faults == []
+
+
+def test_a_collapse_that_goes_back_comes_again_until_it_ends_the_run(both: Both) -> None:
+    # No modality ever gets all of its slots here: every line tells of a collapse.
+    guard = Guard(collapse="rollback", min_success=1.0, collapse_lines=2, rollback_batches=1, max_rollbacks=2)
+    status, text = both.go(guard, [], "nan")
+    assert status == GUARDED
+    assert "guard.max_rollbacks=2 times already" in text
+    actions = [event["action"] for event in both.events()]
+    # At steps 2 and 4 there is no checkpoint yet; then the run goes back to that of step 5.
+    assert actions == ["note", "note", "rollback", "rollback", "stop"]
+
+
+def test_a_last_save_that_fails_does_not_hide_why_the_guard_stopped(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(disk, "write", fails)
+    run = run_of(both.data, Guard(non_finite="stop"), ranks=1)
+    status, text = go(run, both.one, Mesh.single(), [7 * BATCH], "nan", False, None)
+    assert status == GUARDED
+    assert "No space left on device" in text
+    assert [event["action"] for event in ledger.read(both.one)] == ["stop"]

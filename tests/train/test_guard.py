@@ -45,20 +45,20 @@ def test_a_leap_is_told_by_its_distance_in_robust_standard_deviations() -> None:
 
 def test_what_was_left_out_is_not_compared_with() -> None:
     guard = after_calm(spike="skip")
-    before = guard.losses()
+    before = guard.watched().losses
     assert len(before) == 16
     judged(guard, 100.0)
     judged(guard, math.nan)
-    assert guard.losses() == before
+    assert guard.watched().losses == before
     judged(guard, 1.25)
-    assert guard.losses() == (*before[1:], 1.25)
+    assert guard.watched().losses == (*before[1:], 1.25)
 
 
 def test_a_noted_leap_counts_as_a_loss_like_others() -> None:
     guard = after_calm(spike="note")
     found = judged(guard, 100.0)
     assert (found.kind, found.kept) == ("spike", True)
-    assert guard.losses()[-1] == 100.0
+    assert guard.watched().losses[-1] == 100.0
     assert judged(after_calm(spike="off"), 100.0).kind == ""
 
 
@@ -67,7 +67,7 @@ def test_too_few_losses_tell_nothing() -> None:
     for number in range(8):
         assert judged(guard, 1 + number / 10).kept
         early = Guard(schema.Guard(spike="stop", spike_window=32), CPU)
-        early.remember(guard.losses())
+        early.remember(guard.watched())
         assert judged(early, 1e6).kept == (number < 7)
 
 
@@ -128,10 +128,10 @@ def test_a_collapse_is_told_once_and_only_when_it_lasts() -> None:
 
 
 def test_a_window_of_another_length_goes_on_with_the_newest_losses() -> None:
-    losses = after_calm().losses()
+    watched = after_calm().watched()
     shorter = Guard(schema.Guard(spike_window=8), CPU)
-    shorter.remember(losses)
-    assert shorter.losses() == losses[-8:]
+    shorter.remember(watched)
+    assert shorter.watched().losses == watched.losses[-8:]
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,14 @@ from limoe_dist.checkpoint.catalog import checkpoints, latest_checkpoint
 from limoe_dist.config.errors import UserError, warn
 from limoe_dist.config.exit_codes import GUARDED
 from limoe_dist.config.parse import load_run
-from limoe_dist.config.schema import Data, Guard, Log, Run
+from limoe_dist.config.schema import Checkpoint, Data, Eval, Guard, Log, Run
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train import metrics
 from limoe_dist.train.folder import Claim, Ended, begin, read_end
 from limoe_dist.train.loop import Outcome, train
 from limoe_dist.train.preemption import StopFlag
 from limoe_dist.train.restart import Restart
+from limoe_dist.train.training import Training
 from tests.support.ranks import RanksPool
 from tests.support.shards import write_shards
 from tests.train.small import CPU, alone, lines, losses, on_ranks, run_on
@@ -266,3 +267,43 @@ def test_a_log_that_cannot_be_opened_keeps_what_it_has(tmp_path: Path, monkeypat
     assert [line["step"] for line in lines(tmp_path, "positions.jsonl")] == [1]
     log.positions({"step": 3})
     assert [line["step"] for line in lines(tmp_path, "positions.jsonl")] == [1, 2, 3]
+
+
+def test_a_signal_breaks_off_an_evaluation_which_a_resumed_run_makes(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = run_on(data, steps=8), tmp_path / "run"
+    # Twelve passes of 2 of the 24 pictures, and as many of texts.
+    run = run.model_copy(
+        update={"eval": Eval(every_steps=4, batch_pairs=2), "checkpoint": Checkpoint(every_steps=3), "guard": Guard()}
+    )
+    between = Training._between_passes
+
+    def told_to_stop(training: Training) -> None:
+        signal.raise_signal(signal.SIGUSR2)
+        between(training)
+
+    monkeypatch.setattr(Training, "_between_passes", told_to_stop)
+    outcome = train(run, out, mesh=Mesh.single(), device=CPU, resume=False)
+    # The step was not to be saved, but for the signal.
+    assert outcome == Outcome(4, signal.SIGUSR2)
+    assert latest_checkpoint(out).name == "step-00000004"
+    assert not (out / "evaluations.jsonl").exists()
+    monkeypatch.undo()
+    assert train(run, out, mesh=Mesh.single(), device=CPU, resume=True) == Outcome(8, 0)
+    assert [line["step"] for line in lines(out, "evaluations.jsonl")] == [4, 8]
+
+
+def test_a_start_that_fails_in_its_directory_says_how_it_ended(tmp_path: Path, data: Path) -> None:
+    run, out = run_on(data), tmp_path / "run"
+    train(run, out, mesh=Mesh.single(), device=CPU, resume=False, stop_after=4)
+    (out / "metrics.jsonl").unlink()
+    (out / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        train(run, out, mesh=Mesh.single(), device=CPU, resume=True)
+    ended = read_end(out)
+    assert ended is not None
+    assert (ended.status, ended.step) == (2, 4)
+    # Nobody holds the directory any more.
+    (out / "metrics.jsonl").rmdir()
+    assert train(run, out, mesh=Mesh.single(), device=CPU, resume=True) == Outcome(6, 0)
