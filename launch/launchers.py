@@ -13,6 +13,7 @@ import base64
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -135,9 +136,20 @@ def _devices(environ: Mapping[str, str], ranks: int) -> list[str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has now, and that the system gives to nobody who asks for any: ranks take it only later.
+
+    Below those that systems give out by themselves (Linux: from 32768), above those of `discover` for Slurm.
+    """
+    ports = list(range(30_000, 32_768))
+    random.shuffle(ports)
+    for port in ports:
+        with socket.socket() as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise UserError("no port of 127.0.0.1 from 30000 to 32767 is free for the launcher of deepspeed")
 
 
 def _beside_python(program: str) -> str | None:

@@ -6,13 +6,15 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from limoe_dist.config.environment import has_password, holds_secret, is_secret
 from limoe_dist.config.errors import UserError
 from slurm.times import seconds_of, time_problem
 
 MOST_SIGNAL_S = 65_535
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
-_IN_URL = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
+EARLY_S = 60
+"""Slurm looks at times only now and then: it sends a signal up to so much sooner than it was asked to."""
 _MEMORY = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
+_HOSTS = re.compile(r"[\w.,\[\]-]+", re.ASCII)
 _UNSAFE = re.compile(r"[\n\r\"\\]")
 OURS = ("nodes", "ntasks", "ntasks-per-node", "time", "signal", "requeue", "no-requeue", "output", "error", "array")
 """Options of sbatch that the scripts set by themselves, and rely on: a second line of them would win."""
@@ -64,6 +66,8 @@ class Queue:
         problems = [] if (problem := time_problem(self.time)) is None else [problem]
         if self.mem and not _MEMORY.fullmatch(self.mem):
             problems.append(f"--mem {self.mem}: must be a whole number with K, M, G or T, as 200G; 0 for all of a node")
+        if self.exclude and not _HOSTS.fullmatch(self.exclude):
+            problems.append(f"--exclude {self.exclude!r}: must be hosts with commas and no blanks, as gpu[03-05],gpu9")
         problems += [problem for text in self.sbatch if (problem := _line_problem(text))]
         problems += [problem for text in self.env if (problem := _variable_problem(text))]
         if (self.container == "none") == bool(self.container_image):
@@ -154,11 +158,11 @@ class Job(Queue):
         before, limit = self.before_s(stop_grace_s), self.time_limit_s
         if before > MOST_SIGNAL_S:
             raise UserError(f"--signal-before {before}: Slurm takes at most {MOST_SIGNAL_S} seconds")
-        if before >= limit:
+        if before + EARLY_S >= limit:
             raise UserError(
                 f"--time {self.time} is {limit} seconds, and the ranks are told to save {before} seconds before its "
-                "end: nothing would be trained: use a longer --time, or a shorter --signal-before or "
-                "--train.stop-grace-s"
+                f"end, at times {EARLY_S} earlier: nothing would be trained: use a longer --time, or a shorter "
+                "--signal-before or --train.stop-grace-s"
             )
 
 
@@ -219,7 +223,7 @@ def bytes_of(memory: str) -> int | None:
 
 def with_secrets(words: list[str]) -> list[str]:
     """The words of a command line that hold a user name with a password, as in s3://me:word@host/."""
-    return [word for word in words if _IN_URL.search(word)]
+    return [word for word in words if has_password(word)]
 
 
 def _line_problem(text: str) -> str | None:
@@ -235,7 +239,7 @@ def _variable_problem(text: str) -> str | None:
     name, sign, value = text.partition("=")
     if not sign or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         return f"--env {text}: must be NAME=VALUE"
-    if _SECRET.search(name) or _IN_URL.search(value):
+    if is_secret(name) or holds_secret(value):
         return (
             f"--env {name}: looks like a secret, which would stand in the script: export it in the shell that submits; "
             "the job gets the environment of that shell"

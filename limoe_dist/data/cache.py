@@ -14,8 +14,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -49,7 +51,7 @@ def open_cache(data: Data) -> ShardCache:
 
 
 class CacheClosedError(Exception):
-    """`close` was called while a shard was waited for."""
+    """The cache was closed, or interrupted, while a shard was waited for."""
 
 
 class LocalShard:
@@ -108,8 +110,8 @@ class ShardCache:
         """
         self._folder = CacheFolder(folder, limit_bytes=limit_bytes, reserve_bytes=reserve_bytes)
         self._patience = patience or Patience(retries=retries)
-        self._stopped = threading.Event()
-        self._fetchers = Fetchers(self._folder, self._fetch, num_threads=fetchers, stopped=self._stopped)
+        self._num_fetchers, self._closed = fetchers, False
+        self._begin()
         # Guards what follows.
         self._counting = threading.Lock()
         self._counts = CacheCounts()
@@ -120,7 +122,7 @@ class ShardCache:
         """The shard, when it is there whole; fetched by this thread where nobody does so already.
 
         Raises UserError where it cannot be had: missing, forbidden, changed, unreachable after the retries, or no room;
-        also what stopped the fetcher that had begun with it. CacheClosedError after `close`.
+        also what stopped the fetcher that had begun with it. CacheClosedError after `close`, and amid `interrupted`.
         """
         wanted, start = Wanted(url, bytes, sha256), time.monotonic()
         with disk_failures(self._folder.path):
@@ -147,6 +149,29 @@ class ShardCache:
 
         Shards that are held stay so until their own release.
         """
+        self._closed = True
+        self._end()
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """In the `with` it is as after `close`, so that who waits ends; after it others may read and wish anew.
+
+        Nobody may begin to read before the `with` ends, but those whom it shall end.
+        """
+        self._end()
+        try:
+            yield
+        finally:
+            if not self._closed:
+                self._begin()
+
+    def _begin(self) -> None:
+        """What was stopped stays so: a fetcher that hangs in a read ends by itself, whenever that comes back."""
+        self._stopped = threading.Event()
+        fetch = partial(self._fetch, self._stopped)
+        self._fetchers = Fetchers(self._folder, fetch, num_threads=self._num_fetchers, stopped=self._stopped)
+
+    def _end(self) -> None:
         self._stopped.set()
         self._fetchers.close()
 
@@ -191,7 +216,7 @@ class ShardCache:
     def _fetched_now(self, wanted: Wanted, start: float) -> FileLock | None:
         """The shard; None where it is to be tried again: somebody fetches it, or has the room that it needs."""
         try:
-            return self._fetch(wanted, "unused", lambda: None)
+            return self._fetch(self._stopped, wanted, "unused", lambda: None)
         except NoRoomError as full:
             by_others = full.in_use_bytes > self._read_bytes
             if not full.moving and not (by_others and time.monotonic() < start + ROOM_S):
@@ -201,12 +226,14 @@ class ShardCache:
         except Stopped:
             raise CacheClosedError from None
 
-    def _fetch(self, wanted: Wanted, evict: Evict, has_room: Callable[[], None]) -> FileLock | None:
+    def _fetch(
+        self, stopped: threading.Event, wanted: Wanted, evict: Evict, has_room: Callable[[], None]
+    ) -> FileLock | None:
         """The shard, locked; None where another thread or process fetches it now. Raises NoRoomError.
 
         has_room: called when its room is taken.
         """
-        if self._stopped.is_set():
+        if stopped.is_set():
             raise Stopped
         right = self._folder.fetch_lock(wanted.sha256)
         if right is None:
@@ -223,7 +250,7 @@ class ShardCache:
                     size_bytes=wanted.bytes,
                     sha256=wanted.sha256,
                     patience=self._patience,
-                    stopped=self._stopped,
+                    stopped=stopped,
                 )
                 held = part.commit()
         finally:

@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -109,6 +110,7 @@ class Loader:
         self._count = BadCount(run.data.max_bad_frac, place, report="" if replaced is None else str(replaced))
         self._replaced = replaced
         self._closed = threading.Event()
+        self._ended = False
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=run.data.prefetch)
         self._thread = threading.Thread(target=self._work, args=(first_step,), name="limoe-loader", daemon=True)
         self._thread.start()
@@ -130,14 +132,17 @@ class Loader:
         raise item
 
     def close(self) -> None:
-        """Ends the thread and waits for it; batches prepared ahead are dropped, and nothing more is fetched.
+        """Ends the thread and waits for it; batches prepared ahead are dropped, and nothing more is fetched for it.
 
-        A second call does nothing.
+        Another loader may then read the same ShardSet. A second call does nothing, also while another reads.
         """
+        if self._ended:
+            return
         self._closed.set()
-        if self.shards.cache is not None:
-            self.shards.cache.close()  # the thread may be waiting for a shard
-        self._thread.join()
+        # The thread may be waiting for a shard.
+        with self.shards.cache.interrupted() if self.shards.cache is not None else nullcontext():
+            self._thread.join()
+        self._ended = True
         while not self._ready.empty():
             self._ready.get_nowait()
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Parallel
-from limoe_dist.parallel.fault import Fault, FaultError, OnFault, describe, note
+from limoe_dist.parallel.fault import Fault, FaultError, OnFault, describe, note, of_the_host
 from limoe_dist.parallel.links import check_links
 from limoe_dist.parallel.mesh import Axis, Mesh
 from limoe_dist.parallel.place import Place, discover, host_name
@@ -93,7 +93,8 @@ def _failure_noted(host: str, on_fault: OnFault | None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        note(on_fault, Fault("failed", (0,), (host,), f"rank 0 (host {host}) failed with {describe(error)}"))
+        hosts = (host,) if of_the_host(error) else ()
+        note(on_fault, Fault("failed", (0,), hosts, f"rank 0 (host {host}) failed with {describe(error)}"))
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +38,12 @@ class FaultError(UserError):
         self.fault = fault
 
 
+DISK = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE)
+"""Of an OSError that is no other host's: a disk, or this host's mount of one. Not ENOSPC or EDQUOT: a full disk is
+often everybody's, or has a limit for the user."""
+PROGRAM = ("device-side assert", "illegal memory access", "out of memory", "invalid argument")
+"""Errors of CUDA that a program makes, on whatever host it runs."""
+
 OnFault = Callable[[Fault], None]
 
 
@@ -51,6 +58,19 @@ def blamed(ranks: Iterable[int], hosts: Sequence[str] | Mapping[int, str]) -> tu
     if "" in found or (len(everywhere) > 1 and len(found) > len(everywhere) / 2):
         return ()
     return tuple(sorted(found))
+
+
+def of_the_host(error: BaseException) -> bool:
+    """Whether the error speaks of the host rather than of the program, which would fail elsewhere too.
+
+    So do an OSError of DISK, MemoryError, and CUDA's errors but those of PROGRAM.
+    """
+    if isinstance(error, OSError):
+        return error.errno in DISK
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "CUDA error" in text and not any(word in text for word in PROGRAM)
+    )
 
 
 def note(on_fault: OnFault | None, fault: Fault) -> None:

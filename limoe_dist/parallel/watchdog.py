@@ -28,7 +28,7 @@ import torch.distributed as dist
 from limoe_dist.config.errors import UserError
 from limoe_dist.parallel import flight_recorder
 from limoe_dist.parallel.asking import Asked
-from limoe_dist.parallel.fault import Fault, OnFault, blamed, describe, note, within
+from limoe_dist.parallel.fault import Fault, OnFault, blamed, describe, note, of_the_host, within
 from limoe_dist.parallel.place import name_ranks
 from limoe_dist.parallel.preflight import AHEAD_S, STORE_S, Meeting, wait_until
 from limoe_dist.parallel.stacks import alike, innermost, stacks
@@ -71,6 +71,8 @@ class Failure:
     """Empty where this rank shows its error by itself."""
     error: str
     """In a line."""
+    of_the_host: bool = False
+    """See fault.of_the_host."""
 
 
 class Watchdog:
@@ -134,7 +136,7 @@ class Watchdog:
             alarm = Alarm("broken", self._rank, "lost a connection")
         else:
             alarm = Alarm("failed", self._rank, f"failed with {type(error).__name__}")
-        self._failure = Failure(alarm, text, describe(error))
+        self._failure = Failure(alarm, text, describe(error), of_the_host(error))
         self._wake.set()
         self._thread.join(BACKSTOP_S)
         self._end(f"{self._me()} failed:\n{text}")
@@ -223,7 +225,8 @@ class Watchdog:
             if failure is not None and failure.trace:
                 _write(f"{self._me()} failed:\n{failure.trace}")
                 text = f"{name_ranks([self._rank], self._hosts)} failed with {failure.error}"
-                note(self._on_fault, Fault("failed", (self._rank,), blamed([self._rank], self._hosts), text))
+                hosts = blamed([self._rank], self._hosts) if failure.of_the_host else ()
+                note(self._on_fault, Fault("failed", (self._rank,), hosts, text))
             return
         if failure is None:
             cause, trace = f"no progress for {self._limit_name}={self._limit_s:g} seconds", ""

@@ -380,6 +380,42 @@ def test_close_ends_whoever_fetches_or_waits_at_once(store, shards, make, tmp_pa
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["room.lock"]
 
 
+def test_an_interruption_ends_who_waits_and_others_read_and_wish_after_it(store, shards, make, tmp_path):
+    store.gate.clear()
+    cache, ended = make(), []
+
+    def wait() -> None:
+        with pytest.raises(CacheClosedError):
+            take(cache, shards[4])
+        # As long as it lasts nothing can be begun again.
+        with pytest.raises(CacheClosedError):
+            take(cache, shards[5])
+        ended.append(True)
+
+    cache.want(shards[:2])
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    eventually(lambda: len(store.asked) == 3)
+    with cache.interrupted():
+        waiting.join(timeout=5)
+        assert ended
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("limoe-shards")]
+    store.gate.set()
+    with take(cache, shards[4]) as shard:
+        assert is_whole(shard.path, shards[4])
+    cache.want(shards[2:4])
+    eventually(lambda: here(tmp_path, shards) == [2, 3, 4])
+
+
+def test_an_interruption_does_not_open_a_closed_cache(shards, make):
+    cache = make()
+    cache.close()
+    with cache.interrupted():
+        pass
+    with pytest.raises(CacheClosedError):
+        take(cache, shards[0])
+
+
 def test_half_a_shard_of_a_dead_process_is_removed_for_room(shards, make, tmp_path):
     cache = make(room=1.5)
     left = tmp_path / "cache" / f"{shards[5].sha256}.part"

@@ -245,6 +245,30 @@ def test_closing_does_not_wait_for_a_shard_that_does_not_come(tmp_path: Path) ->
         assert not list((tmp_path / "cache").glob("*.arrow"))
 
 
+def test_a_set_behind_a_url_can_be_read_again_after_a_loader_was_closed_amid_a_fetch(tmp_path: Path) -> None:
+    path, store = write_shards(tmp_path / "local", rows=24, shards=6), Store()
+    for file in path.parent.iterdir():
+        store.put(f"again/{file.name}", file.read_bytes())
+    run = a_run(batch_pairs=4, steps=6, window_rows=4, prefetch=1, cache=str(tmp_path / "cache"))
+    local = batches(run, path)
+    with closing(store), closing(ShardSet(store.url("again"), data=run.data)) as shards:
+        tokenizer = tokenizer_of(run, shards)
+        first = Loader(run, shards, tokenizer, rank=0, world=1, first_step=0, device=CPU)
+        next(first)
+        first.close()
+        # The rest comes only now, and is asked for by the second alone.
+        for file in (tmp_path / "cache").glob("*.arrow"):
+            file.unlink()
+        with Loader(run, shards, tokenizer, rank=0, world=1, first_step=1, device=CPU) as second:
+            again = [next(second)]
+            first.close()
+            again += second
+    assert [batch.step for batch in again] == [1, 2, 3, 4, 5]
+    for ours, theirs in zip(again, local[1:], strict=True):
+        assert torch.equal(ours.images, theirs.images)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("limoe-shards")]
+
+
 def test_good_pictures_beside_a_bad_one_are_as_they_would_be(clean: Path, tmp_path: Path) -> None:
     run = a_run(batch_pairs=40, steps=1)
     whole = batches(run, write_shards(tmp_path / "whole", rows=40, shards=1))[0]

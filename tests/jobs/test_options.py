@@ -28,11 +28,16 @@ ARRAY = Array(time="1:00:00", tasks=8)
         ({"sbatch": ("=5",)}, "must be an option of sbatch"),
         ({"env": ("WANDB_API_KEY=123",)}, "looks like a secret"),
         ({"env": ("PROXY=http://me:word@host/",)}, "looks like a secret"),
+        ({"env": ("PROXY=http://me:w/rd@host/",)}, "looks like a secret"),
+        ({"env": ("MY_CREDS=zz",)}, "looks like a secret"),
+        ({"env": ("HEADER=Authorization: Bearer xyz",)}, "looks like a secret"),
         ({"env": ("1A=5",)}, "must be NAME=VALUE"),
         ({"container": "pyxis"}, "give both"),
         ({"container_image": "x.sif"}, "give both"),
         ({"mounts": ("/data",)}, "needs --container"),
         ({"partition": 'a"\nrm'}, "cannot hold quotes"),
+        ({"exclude": "n1, n2"}, "must be hosts with commas and no blanks"),
+        ({"exclude": "n1;reboot"}, "must be hosts with commas and no blanks"),
         ({"gpu_gb": 0.0}, "--gpu-gb 0: must be above 0"),
     ],
 )
@@ -62,6 +67,10 @@ def test_a_time_limit_without_time_to_train_is_refused():
     JOB.check_signal(120.0)
     with pytest.raises(UserError, match="nothing would be trained"):
         replace(JOB, time="3").check_signal(120.0)
+    # 180 s before the end, or up to 60 s sooner: the first step would come after the signal.
+    with pytest.raises(UserError, match="nothing would be trained"):
+        replace(JOB, time="4").check_signal(120.0)
+    replace(JOB, time="4:01").check_signal(120.0)
     with pytest.raises(UserError, match="at most 65535"):
         replace(JOB, signal_before=70_000).check_signal(120.0)
 

@@ -19,8 +19,7 @@ from limoe_dist.config.schema import Run
 from limoe_dist.model import tower
 from limoe_dist.model.moe_layer import Experts, MoeLayer, RoutingMode
 from limoe_dist.model.tower import aux_loss
-from limoe_dist.parallel.collectives import sum_over
-from limoe_dist.parallel.gradients import Gradients
+from limoe_dist.parallel.gradients import Gradients, norm_over
 from limoe_dist.parallel.linear import RowParallelLinear, scatter_tokens
 from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.parallel.placement import placement_of
@@ -91,13 +90,13 @@ def temperature_gradient_times_world(mesh: Mesh) -> AbstractContextManager[objec
 
 
 def norm_without_experts(mesh: Mesh) -> AbstractContextManager[object]:
-    def norm(self: Gradients) -> Tensor:
+    def norm(self: Gradients, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         dense = [
             sum_L
             for bucket, sum_L in zip(self.buckets, self.sums, strict=True)
             if bucket.pieces[0].placement.axis != "ep"
         ]
-        return sum_over(sum(sum_L.double().square().sum() for sum_L in dense), mesh.world).sqrt()
+        return norm_over(sum(sum_L.double().square().sum() for sum_L in dense), beside, mesh)
 
     return mock.patch.object(Gradients, "norm", norm)
 

@@ -100,7 +100,8 @@ def test_the_traceback_of_the_rank_that_raises_comes_first_and_every_rank_ends(t
     others = {f"limoe: rank {other} (host {HOSTS[other]}) ends" for other in {0, 1, 2} - {rank}}
     assert {line.partition(" because")[0] for line in lines[end + 1 :]} == others
     assert all(line.endswith(f"rank {rank} (host {HOSTS[rank]}) failed with KeyError") for line in lines[end + 1 :])
-    assert faults_of(ended) == [("failed", [rank], [HOSTS[rank]])]
+    # The program's error would be the same on another host.
+    assert faults_of(ended) == [("failed", [rank], [])]
     assert ended.faults[0]["text"] == f"rank {rank} (host {HOSTS[rank]}) failed with KeyError: 'planted'"
 
 

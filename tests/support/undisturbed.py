@@ -15,7 +15,7 @@ from limoe_dist.checkpoint.reader import Reader
 from limoe_dist.config.errors import UserError
 from limoe_dist.parallel.mesh import Mesh
 
-CLOCKS = ("time", "pairs_per_s", "seconds_per_step", "memory_bytes")
+CLOCKS = ("time", "pairs_per_s", "seconds_per_step", "memory_bytes", "busy_s")
 """Figures of metrics.jsonl that no two runs share."""
 
 
