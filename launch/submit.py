@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.named import listing
-from launch.submit_checks import Checked, check_all, size
-from launch.submit_words import Submit, understand, without_bad_hosts
+from launch.submit_checks import Checked, check_all, existing, size
+from launch.submit_words import Submit, bad_hosts, check_encoding, understand, without
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
 from limoe_dist.data.mixture import entries_of
 from limoe_dist.data.places import is_remote
 from slurm.options import Queue
 from slurm.scheduler import submit
-from slurm.script import Training, render_training
+from slurm.script import Training, check_path, render_training
 from slurm.submissions import Draft, folder, next_script, note, note_job, now
 from slurm.times import written
 
@@ -45,18 +45,19 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(listing=listing()))
         return 0 if argv else 2
-    asked = understand(argv)
-    asked = replace(asked, job=without_bad_hosts(asked.job, asked.out))
-    say = sys.stderr if asked.job.dry_run else sys.stdout
-    with redirect_stdout(say):
-        checked = check_all(asked.run, asked.out, asked.job, resume=asked.resume, words=list(asked.words))
-    script = next_script(asked.out)
-    text = render_training(asked.job, _training(asked, checked.run, script))
+    check_encoding(argv)
+    try:
+        asked, checked, failed = _checked(argv)
+        script = next_script(asked.out)
+        training = _training(asked, checked.run, script)
+    except OSError as error:
+        raise UserError(f"{error.filename or '--out'}: cannot be looked at: {error.strerror}") from None
+    text = render_training(asked.job, training)
     if asked.job.dry_run:
-        print("\n".join(summary(asked, checked)), file=say, flush=True)
+        print("\n".join([*summary(asked, checked), f"log       {training.log}"]), file=sys.stderr, flush=True)
         print(text, end="", flush=True)
         return 0
-    start = try_out(text)
+    start = _start(text, failed, asked.out)
     show(text, script)
     print("\n".join([*summary(asked, checked), start]), flush=True)
     if not agreed(asked.job, f"Submit {'these jobs' if asked.job.chain else 'this job'}?"):
@@ -66,6 +67,29 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _checked(argv: list[str]) -> tuple[Submit, Checked, str]:
+    """What is asked for, what is found out about it, and the hosts that are left out since they failed twice."""
+    asked = understand(argv)
+    check_path(asked.out)
+    failed = bad_hosts(asked.out)
+    asked = replace(asked, job=without(asked.job, failed))
+    # The script has standard output for itself.
+    with redirect_stdout(sys.stderr if asked.job.dry_run else sys.stdout):
+        return asked, check_all(asked.run, asked.out, asked.job, resume=asked.resume, words=list(asked.words)), failed
+
+
+def _start(text: str, failed: str, out: Path) -> str:
+    try:
+        return try_out(text)
+    except UserError as error:
+        if not failed:
+            raise
+        raise UserError(
+            f"{error} (without {failed}, where this run failed twice: {folder(out) / 'exclude'} names them; take out "
+            "what is repaired, or is no host any more)"
+        ) from None
+
+
 def _training(asked: Submit, run: Run, script: Path) -> Training:
     words = _without(asked.words, "--resume" if asked.resume else "--out")
     stop = ("--stop-after", str(asked.command.stop_after)) if asked.command.stop_after else ()
@@ -73,6 +97,7 @@ def _training(asked: Submit, run: Run, script: Path) -> Training:
     return Training(
         run=asked.out,
         script=script,
+        log=_log(asked),
         start=() if asked.resume else words,
         go_on=words if asked.resume else stop,
         threads=run.parallel.threads,
@@ -82,6 +107,14 @@ def _training(asked: Submit, run: Run, script: Path) -> Training:
         folder=Path.cwd(),
         mounts=tuple(dict.fromkeys(str(place) for place in places)),
     )
+
+
+def _log(asked: Submit) -> Path:
+    """Beside the scripts of the run; where a dry run leaves no such folder, in the nearest that is there."""
+    place = folder(asked.out)
+    if not asked.job.dry_run or place.is_dir():
+        return place / "job-%j.log"
+    return existing(asked.out) / f"{asked.out.name}-job-%j.log"
 
 
 def _without(words: Sequence[str], option: str) -> tuple[str, ...]:
@@ -194,10 +227,12 @@ def hand_in(asked: Submit, script: Path, text: str) -> list[str]:
 
 def _how_to_watch(asked: Submit, jobs: Sequence[str]) -> list[str]:
     run, log = shlex.quote(str(asked.out)), shlex.quote(str(folder(asked.out) / f"job-{jobs[0]}.log"))
+    # The next job of a chain would go on with what was stopped.
+    others = f"scancel {' '.join(jobs[1:])}; " if jobs[1:] else ""
     return [
         f"submitted {'jobs' if len(jobs) > 1 else 'job'} {', '.join(jobs)}",
         f"  how it goes      limoe status {run}",
         f"  its output       tail -F {log}",
-        f"  save and stop    scancel --signal=TERM {jobs[0]}",
+        f"  save and stop    {others}scancel --signal=TERM {jobs[0]}",
         f"  cancel           scancel {' '.join(jobs)}",
     ]

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from launch.submit import agreed, show, try_out
-from launch.submit_words import options_of, split
-from limoe_dist.config.errors import UserError, nearest
+from launch.submit_checks import existing
+from launch.submit_words import check_encoding, options_of, split
+from limoe_dist.config.errors import UserError, nearest, warn
 from slurm.options import Array, with_secrets
 from slurm.scheduler import submit
 from slurm.script import Preparation, render_preparation
@@ -40,24 +41,22 @@ def main(argv: list[str]) -> int:
         if argv:
             options_of(Array, ["--help"], prog="limoe submit-prep")
         return 0 if argv else 2
+    check_encoding(argv)
     array, words = understand(argv)
-    notes = _notes(array, words)
-    number = max((int(path.stem) for path in notes.glob("*.sbatch") if path.stem.isdigit()), default=0) + 1
-    script = notes / f"{number:03d}.sbatch"
-    again = _again(argv)
-    preparation = Preparation(words, script, notes / f"{number:03d}", Path.cwd(), again)
+    preparation = _preparation(array, words, _again(argv))
     text, report = render_preparation(array, preparation)
     about = [
         f"indices   {len(array.numbers)} of {array.tasks} units of work, {array.cpus} cores and "
         f"{written(array.time_limit_s)} each" + (f", {array.concurrent} at once" if array.concurrent else ""),
         f"notes     {preparation.notes}",
+        f"logs      {preparation.log}",
     ]
     if array.dry_run:
         print("\n".join(about), file=sys.stderr, flush=True)
         print(text, end="", flush=True)
         return 0
     start = try_out(text)
-    show(text, script)
+    show(text, preparation.script)
     print("\n".join([*about, start]), flush=True)
     if not agreed(array, "Submit this array?"):
         return 2
@@ -87,6 +86,18 @@ def understand(argv: list[str]) -> tuple[Array, tuple[str, ...]]:
         )
     array.check()
     return array, words
+
+
+def _preparation(array: Array, words: tuple[str, ...], again: str) -> Preparation:
+    place = _notes(array, words)
+    try:
+        number = max((int(path.stem) for path in place.glob("*.sbatch") if path.stem.isdigit()), default=0) + 1
+        notes = place / f"{number:03d}"
+        # Slurm opens logs before a line of the script runs, and a dry run makes no folder for them.
+        log = existing(place) / f"{place.name}-{notes.name}-%a.log" if array.dry_run else notes / "%a.log"
+    except OSError as error:
+        raise UserError(f"{place}: cannot be looked at: {error.strerror}") from None
+    return Preparation(words, notes.with_suffix(".sbatch"), notes, log, Path.cwd(), again)
 
 
 def _names() -> list[str]:
@@ -134,9 +145,16 @@ def _hand_in(preparation: Preparation, text: str, report: str) -> int:
             draft.discard()
         raise
     print(f"submitted array {job}")
-    last = submit(drafts[1].script, dependency=f"afterany:{job}")
-    log = shlex.quote(str(preparation.notes / "report.log"))
     print(f"  how it goes      squeue --jobs {job}")
+    try:
+        last = submit(drafts[1].script, dependency=f"afterany:{job}")
+    except UserError as error:
+        # The array is in the queue, and needs no report.
+        later = shlex.quote(str(drafts[1].script))
+        warn(f"no job will tell which indices failed: {error}; when all have ended: bash {later}")
+        print(f"  cancel           scancel {job}")
+        return 0
+    log = shlex.quote(str(preparation.notes / "report.log"))
     print(f"  which failed     cat {log}    (job {last}, when all have ended)")
     print(f"  cancel           scancel {job} {last}")
     return 0

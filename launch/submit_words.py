@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -99,10 +100,25 @@ def known_options(words: Sequence[str]) -> None:
             raise UserError(f"unknown option {name}{nearest(name, known)} (see `limoe submit --help`)")
 
 
-def without_bad_hosts(job: Job, out: Path) -> Job:
-    """The job without the hosts on which this run failed twice."""
+def check_encoding(argv: Sequence[str]) -> None:
+    """Raises UserError for a word with a byte that is no UTF-8, as which a script is written."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{word!r} is no UTF-8, as which a script is written: choose another name") from None
+
+
+def bad_hosts(out: Path) -> str:
+    """The hosts on which this run failed twice, for --exclude; what is no name of a host is passed over."""
     try:
-        failed = (folder(out) / "exclude").read_text(encoding="utf-8").strip()
+        text = (folder(out) / "exclude").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return job
-    return replace(job, exclude=",".join(part for part in (job.exclude, failed) if part))
+        return ""
+    # A person may have written gpu[03,05] into it.
+    parts = re.split(r"[\s,]+(?![^\[]*\])", text)
+    return ",".join(part for part in parts if re.fullmatch(r"[\w.-]+(\[[\d,-]+\])?", part, re.ASCII))
+
+
+def without(job: Job, hosts: str) -> Job:
+    return replace(job, exclude=",".join(filter(None, [job.exclude, hosts])))

@@ -20,6 +20,8 @@ ATTEMPTS, SUBMISSIONS, EXCLUDE = "slurm/attempts.jsonl", "slurm/submissions.json
 FAULTS, ENDED = "faults.jsonl", "ended.json"
 FAILURES = 2
 """A host that failed in so many attempts of a run gets no more of them."""
+MOST = 1 << 53
+"""Above it no count and no time of a file is believed."""
 Key = tuple[str, int]
 """Number of the job, number of its restart."""
 
@@ -38,8 +40,10 @@ class Attempt:
     """ended.json as it was when the attempt began: another mark later, and the attempt wrote it."""
     slurmd: tuple[tuple[str, float], ...] = ()
     """Since when the daemon of each node had been there."""
+    boot: tuple[tuple[str, float], ...] = ()
+    """Since when each node itself had."""
     action: str = ""
-    """done, stop, requeue, resubmit, cancelled, end (for others to go on), lost; empty: nothing has closed it."""
+    """done, stop, requeue, resubmit, cancelled, preempted, end (for others to go on), lost; empty: it is open."""
     status: int | None = None
     ended: float | None = None
     end_step: int | None = None
@@ -98,13 +102,14 @@ def attempts(run_dir: Path) -> list[Attempt]:
     """All attempts of a run in the order in which they began."""
     found: list[Attempt] = []
     for line in lines(run_dir / ATTEMPTS):
-        key = str(line.get("job", "")), _whole(line.get("restart"))
+        key = str(line.get("job", "")), whole(line.get("restart"))
         match line.get("event"):
             case "begin" | "skip":
                 found.append(_begun(line, key))
             case "end" | "lost":
                 here = next((i for i in reversed(range(len(found))) if found[i].key == key), None)
-                if here is not None and not found[here].action:
+                # Whether it was preempted may be known only after it said that it was told to end.
+                if here is not None and (not found[here].action or line.get("action") == "preempted"):
                     found[here] = _closed(found[here], line)
                 elif here is not None and line["event"] == "lost":
                     found[here] = replace(found[here], lost=words(line.get("hosts")))
@@ -112,41 +117,52 @@ def attempts(run_dir: Path) -> list[Attempt]:
 
 
 def _begun(line: dict[str, Any], key: Key) -> Attempt:
-    slurmd = line.get("slurmd")
+    mark = line.get("mark")
     return Attempt(
         job=key[0],
         restart=key[1],
         nodes=words(line.get("nodes")),
-        step=_whole(line.get("step")),
-        began=_time(line.get("time")) or 0.0,
+        step=whole(line.get("step")),
+        began=number(line.get("time")) or 0.0,
         trained=line["event"] == "begin",
-        mark=line.get("mark"),
-        slurmd=tuple(slurmd.items()) if isinstance(slurmd, dict) else (),
+        mark=mark if isinstance(mark, int) else None,
+        slurmd=_times(line.get("slurmd")),
+        boot=_times(line.get("boot")),
         action=str(line.get("action", "")),
         why=str(line.get("why", "")),
     )
 
 
 def _closed(attempt: Attempt, line: dict[str, Any]) -> Attempt:
-    status = line.get("status")
     return replace(
         attempt,
         action="lost" if line["event"] == "lost" else str(line.get("action") or "end"),
-        status=status if isinstance(status, int) else None,
+        status=exit_status(line.get("status")),
         # A lost attempt ended at some time before its successor found out.
-        ended=_time(line.get("time")) if line["event"] == "end" else None,
-        end_step=_whole(line.get("step")) if "step" in line else None,
+        ended=number(line.get("time")) if line["event"] == "end" else None,
+        end_step=whole(line.get("step")) if "step" in line else None,
         lost=words(line.get("hosts")),
         why=str(line.get("why", "")),
     )
 
 
-def _whole(value: object) -> int:
-    return value if isinstance(value, int) else 0
+def whole(value: object) -> int:
+    """A count from a file that anything may have written; 0 where it is none."""
+    return value if isinstance(value, int) and 0 <= value <= MOST else 0
 
 
-def _time(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def number(value: object) -> float | None:
+    """A time or a figure from such a file; None where it is none, or not finite."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= MOST else None
+
+
+def exit_status(value: object) -> int | None:
+    return value if isinstance(value, int) and 0 <= value <= 255 else None
+
+
+def _times(value: object) -> tuple[tuple[str, float], ...]:
+    found = {name: number(time) for name, time in value.items()} if isinstance(value, dict) else {}
+    return tuple((name, time) for name, time in found.items() if time is not None)
 
 
 def words(value: object) -> tuple[str, ...]:
@@ -165,12 +181,14 @@ def read_ended(run_dir: Path) -> Ended | None:
     """How the run ended; None where it was killed, or still runs."""
     try:
         content = json.loads((run_dir / ENDED).read_text(encoding="utf-8"))
-        step, signal = int(content["step"]), int(content.get("signal") or 0)
+        signal = whole(content.get("signal"))
         # Before there was a status, a signal told it.
-        status = int(content.get("status", 128 + signal if signal else 0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        status = exit_status(content.get("status", 128 + signal if signal else 0))
+    except (OSError, ValueError, AttributeError):
         return None
-    return Ended(step, status, mark(run_dir) or 0, str(content.get("reason") or ""))
+    if status is None or not isinstance(content.get("step"), int):
+        return None
+    return Ended(whole(content["step"]), status, mark(run_dir) or 0, str(content.get("reason") or ""))
 
 
 def ended_by(attempt: Attempt, ended: Ended | None) -> Ended | None:
@@ -206,7 +224,7 @@ def failures(past: Sequence[Attempt], faults: Iterable[dict[str, Any]]) -> dict[
             found.setdefault(short(host), set()).add(attempt.key)
     for fault in faults:
         for host in words(fault.get("hosts")):
-            key = str(fault.get("job") or ""), _whole(fault.get("restart"))
+            key = str(fault.get("job") or ""), whole(fault.get("restart"))
             found.setdefault(short(host), set()).add(key)
     return found
 
@@ -258,16 +276,20 @@ def idle(past: Sequence[Attempt], faults: Iterable[dict[str, Any]], *, step: int
             break
         after, total = attempt.step, total + 1
         hosts = {host for host, keys in blamed.items() if attempt.key in keys}
-        wished = attempt.action in ("cancelled", "lost", "") or attempt.status in (INTERRUPTED, TERMINATED)
+        wished = attempt.action in ("cancelled", "preempted", "lost", "") or attempt.status in (INTERRUPTED, TERMINATED)
         if not wished and not hosts - here:
             counted.append(attempt)
     return Idle(tuple(reversed(counted)), total)
 
 
-def for_good(past: Sequence[Attempt]) -> Attempt | None:
-    """past: of one family. Its newest attempt, where a person has to look before another makes sense."""
-    tried = [attempt for attempt in past if attempt.trained]
-    return tried[-1] if tried and tried[-1].status in (MEND, GUARDED) else None
+def for_good(past: Sequence[Attempt], job: str) -> Attempt | None:
+    """past: of one family. Its newest attempt, where a person has to decide before this job makes sense."""
+    newest = next((attempt for attempt in reversed(past) if attempt.trained), None)
+    if newest is None:
+        return None
+    # Saved and ended by a person's signal. Who put that very job into the queue again wished otherwise since.
+    wished = newest.action == "stop" and newest.status in (INTERRUPTED, TERMINATED) and newest.job != job
+    return newest if wished or newest.status in (MEND, GUARDED) else None
 
 
 def worth_another(status: int) -> bool:

@@ -20,8 +20,8 @@ from limoe_dist.config.errors import UserError
 T = TypeVar("T")
 TIMEOUT_S = 30.0
 """Slurm's own commands give up after some seconds where the controller is off, but not where it is stuck."""
-LOST = frozenset({"DOWN", "NOT_RESPONDING", "FAIL", "FAILING", "ERROR", "DRAIN", "DRAINED", "DRAINING"})
-"""States of a node on which nothing more was to be expected of a rank."""
+LOST = frozenset({"DOWN", "NOT_RESPONDING", "FAIL", "ERROR"})
+"""States of a node on which nothing more was to be expected of a rank. One that is drained finishes what it has."""
 # These change which jobs are listed, and how.
 _FORMATTING = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SLURM_TIME_FORMAT", "SLURM_CLUSTERS")
 
@@ -73,6 +73,7 @@ class Node:
     states: frozenset[str]
     """IDLE, ALLOCATED, DOWN, DRAIN, NOT_RESPONDING, ...: base state and flags."""
     slurmd_start: float | None
+    boot: float | None = None
 
     @property
     def lost(self) -> bool:
@@ -141,11 +142,24 @@ def nodes(names: Sequence[str]) -> dict[str, Node]:
         if name and state:
             # IDLE*: it does not respond. DOWN+NOT_RESPONDING: the same, as scontrol has it.
             states = frozenset(re.findall(r"[A-Z_]+", state[1])) | ({"NOT_RESPONDING"} if "*" in state[1] else set())
-            since = re.search(r"\bSlurmdStartTime=(\S+)", line)
-            found[name[1]] = Node(name[1], states, _time(since[1]) if since else None)
+            slurmd, boot = (_time_in(line, field) for field in ("SlurmdStartTime", "BootTime"))
+            found[name[1]] = Node(name[1], states, slurmd, boot)
     if not found and done.returncode and "not found" not in done.stdout + done.stderr:
         raise _refused("scontrol", done)
     return found
+
+
+def is_preempted(job: str) -> bool:
+    """Whether Slurm takes the nodes away from this start of a job, for another one; a grace period may go on."""
+    line = _run("scontrol", "--oneliner", "show", "job", job)
+    began, taken = _time_in(line, "StartTime"), _time_in(line, "PreemptTime")
+    # A start before this one may have been preempted too.
+    return taken is not None and (began is None or taken >= began)
+
+
+OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Which Slurm, and as whom. All other SLURM_ variables are those of a job, and would be taken for the new one's."""
+_NEVER = frozenset({"TIMELIMIT", "ARRAY_INX", "REQUEUE", "NO_REQUEUE", "WAIT"})
 
 
 def submit(
@@ -155,13 +169,14 @@ def submit(
 
     test_only: nothing is submitted, and what comes back is the line about when and where the job could start.
     dependency: as `afterany:123`; exclude: hosts, comma separated; options: any others of sbatch.
+    Of the environment, what would win over lines of the script is kept from sbatch, and so from the job.
     Raises UserError with Slurm's reason.
     """
     words = ["--parsable", *options]
     words += [f"--dependency={dependency}"] if dependency else []
     words += [f"--exclude={exclude}"] if exclude else []
     words += ["--test-only"] if test_only else []
-    done = _answer("sbatch", *words, str(script), local_times=True)
+    done = _answer("sbatch", *words, str(script), environ=_for_a_new_job(script))
     if done.returncode:
         raise _refused("sbatch", done)
     if test_only:
@@ -171,6 +186,18 @@ def submit(
     if not re.fullmatch(r"\d+(_\S+)?", job):
         raise UserError(f'sbatch told no number of a job, but "{done.stdout.strip()}": look with `squeue --me`')
     return job
+
+
+def _for_a_new_job(script: Path) -> dict[str, str]:
+    """The environment for sbatch. Where this is a job itself, the new one must not seem to be a step of it."""
+    text = script.read_text(encoding="utf-8") if script.exists() else ""
+    lines = re.findall(r"^#SBATCH --([a-z-]+)", text, re.MULTILINE)
+    ours = _NEVER | {name.upper().replace("-", "_") for name in lines}
+    if "mem" in lines:
+        ours |= {"MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"}
+    dropped = {name for name in os.environ if name.startswith("SLURM_") and name not in OF_THE_SITE}
+    dropped |= {f"SBATCH_{name}" for name in ours}
+    return {name: value for name, value in os.environ.items() if name not in dropped}
 
 
 def duration(text: str) -> float | None:
@@ -186,6 +213,12 @@ def _time(text: str) -> float | None:
     return float(text) if re.fullmatch(r"\d+", text) and int(text) else None
 
 
+def _time_in(line: str, field: str) -> float | None:
+    """Of a line of scontrol: `Field=1795367541`; None where it is not there, or None or Unknown."""
+    found = re.search(rf"\b{field}=(\S+)", line)
+    return _time(found[1]) if found else None
+
+
 def _run(*command: str) -> str:
     done = _answer(*command)
     if done.returncode:
@@ -193,9 +226,10 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def _answer(*command: str, local_times: bool = False) -> subprocess.CompletedProcess[str]:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(_FORMATTING)}
-    environ |= {"LC_ALL": "C"} | ({} if local_times else {"SLURM_TIME_FORMAT": "%s"})
+def _answer(*command: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    if environ is None:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(_FORMATTING)}
+        environ |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
     try:
         return subprocess.run(
             command,

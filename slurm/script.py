@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from limoe_dist.config.errors import UserError
 from slurm.options import Array, Job, Queue
+from slurm.scheduler import OF_THE_SITE
 from slurm.times import written
 
 RETRIES = 2
@@ -26,7 +27,9 @@ class Training:
     run: Path
     """RUN, absolute."""
     script: Path
-    """Where the script itself will stand: it submits itself anew where hosts failed twice."""
+    """Where the script itself will stand: it puts itself there where it was handed to sbatch under another name."""
+    log: Path
+    """With %j for the number of the job. Slurm opens it before a line of the script runs: its folder must be there."""
     start: tuple[str, ...]
     """Words after `limoe train` that begin the run; empty where it goes on from the first start."""
     go_on: tuple[str, ...]
@@ -46,6 +49,7 @@ class Training:
 def render_training(job: Job, training: Training) -> str:
     """The script of a training job. Raises UserError for a path that cannot stand in a script."""
     check_path(training.run)
+    check_folder(training.folder)
     return _render(
         "train.sbatch.j2",
         job=job,
@@ -55,6 +59,7 @@ def render_training(job: Job, training: Training) -> str:
         limoe=command(job, training.mounts, gpus=job.gpus_per_node > 0, alone=True),
         ranks_limoe=command(job, training.mounts, gpus=job.gpus_per_node > 0, alone=False),
         srun=_container_options(job, training.mounts),
+        keep=OF_THE_SITE,
         lines=option_lines(job),
     )
 
@@ -67,7 +72,9 @@ class Preparation:
     """After `limoe prep`."""
     script: Path
     notes: Path
-    """Folder of the indices' ends and logs, absolute."""
+    """Folder of the indices' ends, absolute."""
+    log: Path
+    """With %a for the index, in a folder that will be there."""
     folder: Path
     """From where it is submitted, absolute."""
     again: str
@@ -77,6 +84,7 @@ class Preparation:
 def render_preparation(array: Array, preparation: Preparation) -> tuple[str, str]:
     """The script of an array of units of work, and the one that tells which of them failed. Raises UserError."""
     check_path(preparation.notes)
+    check_folder(preparation.folder)
     name = array.job_name or f"limoe-{preparation.words[0]}"
     common = {"name": name, "notes": preparation.notes}
     one = _render(
@@ -84,6 +92,7 @@ def render_preparation(array: Array, preparation: Preparation) -> tuple[str, str
         **common,
         array=array,
         tasks=array.tasks,
+        log=preparation.log,
         retries=RETRIES,
         words=preparation.words,
         time=written(array.time_limit_s),
@@ -146,11 +155,20 @@ def quoted_word(word: str) -> str:
 
 
 def check_path(path: Path) -> None:
-    """Raises UserError where sbatch would read something else than this path in the script."""
-    if found := next((letter for letter in '%"\\\n\r' if letter in str(path)), None):
-        raise UserError(
-            f"{str(path)!r} holds {found!r}, which sbatch changes in the name of a log: choose a path without it"
-        )
+    """Raises UserError where sbatch would read something else than this path in the name of a log."""
+    if "%" in str(path):
+        raise UserError(f"{str(path)!r} holds '%', which sbatch changes in the name of a log: choose a path without it")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Raises UserError where sbatch would read something else than this path in an option of the script."""
+    if found := next((letter for letter in '"\\\n\r' if letter in str(path)), None):
+        raise UserError(f"{str(path)!r} holds {found!r}, which sbatch would not read as it stands: choose another path")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{str(path)!r} is no UTF-8, as which a script is written: choose another path") from None
 
 
 def wrapped(words: Sequence[str], *, indent: int = 4, width: int = 112) -> str:

@@ -57,6 +57,37 @@ def test_a_host_that_is_lost_may_be_noted_after_the_end(tmp_path: Path) -> None:
     assert (one.action, one.status, one.lost) == ("cancelled", 1, ("n1",))
 
 
+def test_that_it_was_preempted_may_be_noted_after_the_end(tmp_path: Path) -> None:
+    path = tmp_path / ATTEMPTS
+    append(path, {"event": "begin", "time": 1.0, "job": "1", "restart": 0, "nodes": ["n1"], "step": 0})
+    for action in ("cancelled", "preempted", "cancelled"):
+        append(path, {"event": "end", "time": 2.0, "job": "1", "restart": 0, "status": 143, "action": action})
+    assert [one.action for one in attempts(tmp_path)] == ["preempted"]
+
+
+ODD = (None, [], {}, "x", True, float("nan"), float("inf"), -1, 10**400)
+
+
+def test_odd_values_of_a_file_are_none_and_no_error(tmp_path: Path) -> None:
+    path = tmp_path / ATTEMPTS
+    for odd in ODD:
+        fields = {"time": odd, "job": "1", "restart": odd, "nodes": odd, "step": odd, "mark": odd, "slurmd": {"n": odd}}
+        append(path, {"event": "begin"} | fields)
+        append(path, {"event": "end", "status": odd, "action": odd} | fields)
+        (tmp_path / "ended.json").write_text(json.dumps({"step": odd, "signal": odd, "status": odd}))
+        ended = read_ended(tmp_path)
+        assert ended is None or (ended.step, ended.status) == (1, 1)
+        (tmp_path / "ended.json").write_text(json.dumps({"step": odd, "signal": 0, "status": 75}))
+        ended = read_ended(tmp_path)
+        assert ended.step in (0, 1) if isinstance(odd, int) and ended is not None else ended is None
+    for one in attempts(tmp_path):
+        # True is 1 in Python; anything else is no number of a restart, and no time.
+        assert (one.restart, one.step) in ((0, 0), (1, 1))
+        assert one.began in (0.0, 1.0, -1.0)
+        assert one.status in (None, 1)
+    assert len(attempts(tmp_path)) == len(ODD)
+
+
 def test_a_line_that_a_power_cut_left_does_not_swallow_the_next(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     append(path, {"step": 1})
@@ -145,7 +176,13 @@ def test_a_run_that_went_back_to_an_older_checkpoint_and_on_from_there_made_step
 
 @pytest.mark.parametrize(
     "wished",
-    [{"action": "cancelled"}, {"action": "lost"}, {"action": ""}, {"action": "stop", "status": 143}],
+    [
+        {"action": "cancelled"},
+        {"action": "preempted"},
+        {"action": "lost"},
+        {"action": ""},
+        {"action": "stop", "status": 143},
+    ],
 )
 def test_what_others_ended_counts_among_all_kinds_only(wished: dict[str, Any]) -> None:
     past = [tried("1", 0, **wished), tried("1", 1)]
@@ -164,13 +201,32 @@ def test_a_start_that_failed_by_a_host_which_is_gone_does_not_count() -> None:
 def test_a_job_that_was_sent_away_is_no_start() -> None:
     past = [tried("1", 0), tried("1", 1, trained=False, action="stop")]
     assert idle(past, [], step=0, nodes=["n1"]).total == 1
-    assert for_good([tried("1", status=2), tried("1", 1, trained=False)]) is not None
+    assert for_good([tried("1", status=2), tried("1", 1, trained=False)], "1") is not None
 
 
 def test_only_the_newest_start_stops_a_run_for_good() -> None:
-    assert for_good([tried("1", status=3)]) is not None
-    assert for_good([tried("1", status=2), tried("1", 1, status=1)]) is None
-    assert for_good([]) is None
+    assert for_good([tried("1", status=3)], "1") is not None
+    assert for_good([tried("1", status=2), tried("1", 1, status=1)], "1") is None
+    assert for_good([], "1") is None
+
+
+@pytest.mark.parametrize(
+    ("status", "action", "job", "stops"),
+    [
+        (143, "stop", "2", True),
+        (130, "stop", "2", True),
+        # Somebody put that job into the queue again.
+        (143, "stop", "1", False),
+        (143, "preempted", "2", False),
+        # scancel, or a preemption: nobody can tell.
+        (143, "cancelled", "2", False),
+        (143, "lost", "2", False),
+    ],
+)
+def test_a_persons_signal_stops_the_next_job_and_a_preemption_does_not(
+    status: int, action: str, job: str, stops: bool
+) -> None:
+    assert (for_good([tried("1", status=status, action=action)], job) is not None) is stops
 
 
 def test_what_another_start_may_help() -> None:

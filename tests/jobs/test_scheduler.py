@@ -132,10 +132,26 @@ def test_a_node_is_lost_by_its_state_and_not_by_its_reason(command):
     words = command("scontrol", UP + DOWN + DRAINED)
     found = nodes(["n1", "n2", "n3"])
     assert "show node n1,n2,n3" in words.read_text()
-    assert {name: node.lost for name, node in found.items()} == {"n1": False, "n2": True, "n3": True}
+    assert {name: node.lost for name, node in found.items()} == {"n1": False, "n2": True, "n3": False}
     assert found["n2"].states == {"DOWN", "NOT_RESPONDING"}
     assert found["n3"].states == {"IDLE", "DRAIN"}
-    assert found["n1"].slurmd_start == 1795367541.0
+    assert (found["n1"].slurmd_start, found["n1"].boot) == (1795367541.0, 1795309855.0)
+
+
+@pytest.mark.parametrize(
+    ("times", "preempted"),
+    [
+        ("StartTime=1795372681 EndTime=1795372788 PreemptEligibleTime=1795372681 PreemptTime=1795372768", True),
+        ("StartTime=1795372780 EndTime=1795376380 PreemptEligibleTime=1795372780 PreemptTime=None", False),
+        # Of the start before.
+        ("StartTime=1795372780 EndTime=1795376380 PreemptTime=1795372768", False),
+        ("StartTime=1795372780 EndTime=1795376380", False),
+    ],
+)
+def test_a_preemption_is_told_by_its_time(command, times, preempted):
+    words = command("scontrol", f"JobId=1 JobName=a JobState=RUNNING Reason=None {times} Partition=lowg\n")
+    assert scheduler.is_preempted("1") is preempted
+    assert words.read_text().split()[-3:] == ["show", "job", "1"]
 
 
 def test_an_unknown_node_is_left_out_and_a_controller_that_is_off_is_an_error(command):

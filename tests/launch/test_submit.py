@@ -69,7 +69,7 @@ def test_a_dry_run_prints_the_script_alone_and_leaves_nothing(data, calls, capsy
     assert main(words(data, "--dry-run", "--requeue", "--parallel.ep", "2")) == 0
     out, err = capsys.readouterr()
     assert out.startswith("#!/bin/bash\n")
-    assert out.endswith("esac\n")
+    assert out.endswith('exit "$status"\n')
     assert "#SBATCH --nodes=2\n" in out
     assert "--parallel.ep 2" in out
     assert "ranks     4: 2 nodes with 2 each on CPUs, 4 pairs of the batch each; nodes that also divide it: 1\n" in err
@@ -124,6 +124,11 @@ def test_a_chain_that_slurm_cuts_short_is_noted_as_far_as_it_came(data, calls, c
     monkeypatch.setenv("AFTER", "2")
     assert "only 1 of 3 jobs were submitted: 101" in refused(capsys, words(data, "--yes", "--chain", "3"))
     assert [noted.jobs for noted in read(Path("runs/first"))] == [("101",)]
+
+
+def test_to_stop_a_chain_its_waiting_jobs_go_first(data, calls, capsys):
+    assert main(words(data, "--yes", "--chain", "3")) == 0
+    assert "save and stop    scancel 102 103; scancel --signal=TERM 101\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -223,7 +228,7 @@ def test_a_run_that_a_process_trains_in_is_in_use(data, calls, capsys):
     assert not calls.exists()
 
 
-def begun(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def begun(data: Path) -> None:
     """runs/first as a run that has begun, without a checkpoint."""
     from limoe_dist.config.parse import save_run
 
@@ -232,8 +237,8 @@ def begun(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_run(run, Path("runs/first/run.json"))
 
 
-def test_a_run_goes_on_without_the_hosts_that_failed_twice(data, calls, capsys, monkeypatch):
-    begun(data, monkeypatch)
+def test_a_run_goes_on_without_the_hosts_that_failed_twice(data, calls, capsys):
+    begun(data)
     Path("runs/first/slurm").mkdir()
     Path("runs/first/slurm/exclude").write_text("n7,n9\n")
     argv = ["submit", "--resume", "runs/first", "--nodes", "1", "--time", "1-0", *CPU, "--exclude", "n1", "--dry-run"]
@@ -244,8 +249,70 @@ def test_a_run_goes_on_without_the_hosts_that_failed_twice(data, calls, capsys, 
     assert "hosts     without n1,n7,n9" in err
 
 
-def test_a_new_run_is_not_begun_where_one_is(data, calls, capsys, monkeypatch):
-    begun(data, monkeypatch)
+RESUME = ["submit", "--resume", "runs/first", "--nodes", "1", "--time", "1-0", *CPU]
+
+
+def test_of_the_file_of_bad_hosts_only_names_are_taken(data, calls, capsys):
+    begun(data)
+    Path("runs/first/slurm").mkdir()
+    Path("runs/first/slurm/exclude").write_bytes(b"n7\n#SBATCH --nodes=9\nn9, gpu[1,3]\n\xff n8;reboot\n")
+    assert main([*RESUME, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH --exclude=n7,n9,gpu[1,3]\n" in out
+    assert "nodes=9" not in out
+
+
+def test_a_refusal_names_the_file_that_hosts_come_from(data, calls, capsys, monkeypatch):
+    begun(data)
+    monkeypatch.setenv("REFUSE", "sbatch: error: Invalid node name specified")
+    assert "exclude" not in refused(capsys, [*RESUME, "--yes"])
+    Path("runs/first/slurm").mkdir()
+    Path("runs/first/slurm/exclude").write_text("gone1\n")
+    told = refused(capsys, [*RESUME, "--yes"])
+    assert len(told.splitlines()) == 1
+    assert "Invalid node name specified (without gone1, where this run failed twice: " in told
+    assert f"{Path('runs/first/slurm/exclude').absolute()} names them" in told
+
+
+def test_a_dry_run_logs_where_there_is_a_folder(data, calls, capsys):
+    """Slurm opens the log before a line of the script runs."""
+    assert main(words(data, "--dry-run")) == 0
+    out, err = capsys.readouterr()
+    log = Path("first-job-%j.log").absolute()
+    assert f"#SBATCH --output={log}\n" in out
+    assert f"log       {log}\n" in err
+    begun(data)
+    Path("runs/first/slurm").mkdir()
+    assert main([*RESUME, "--dry-run"]) == 0
+    assert f"#SBATCH --output={Path('runs/first/slurm/job-%j.log').absolute()}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [("x" * 300, "File name too long"), ("b\udcff", "no UTF-8"), ("a\nb", "would not read"), ("a%b", "holds '%'")],
+)
+def test_a_name_that_no_run_can_have_is_refused(out, reason, data, calls, capsys):
+    for more in (["--yes"], ["--dry-run"]):
+        assert reason in refused(capsys, words(data, *more, "--out", out))
+    assert not calls.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
+def test_a_folder_of_another_user_is_told(data, calls, capsys):
+    Path("runs").mkdir(mode=0)
+    assert "Permission denied" in refused(capsys, words(data, "--yes"))
+
+
+def test_a_folder_that_cannot_be_looked_at_is_told(data, calls, capsys, monkeypatch):
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "runs/first/run.json")
+
+    monkeypatch.setattr("launch.submit.check_all", denied)
+    assert "runs/first/run.json: cannot be looked at: Permission denied" in refused(capsys, words(data, "--yes"))
+
+
+def test_a_new_run_is_not_begun_where_one_is(data, calls, capsys):
+    begun(data)
     assert "holds a run already" in refused(capsys, words(data, "--yes"))
     assert [path.name for path in Path("runs/first").iterdir()] == ["run.json"]
 

@@ -41,6 +41,25 @@ def test_what_slurm_refuses_leaves_nothing(calls, capsys, monkeypatch):  # noqa:
     assert not Path("shards").exists()
 
 
+def test_an_array_without_a_report_is_submitted_all_the_same(calls, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("REFUSE", "sbatch: error: QOSMaxSubmitJobPerUserLimit")
+    monkeypatch.setenv("AFTER", "2")
+    assert main([*ARRAY, "--yes", *PACK]) == 0
+    out, err = capsys.readouterr()
+    assert "submitted array 101" in out
+    assert "squeue --jobs 101" in out
+    assert out.endswith("scancel 101\n")
+    assert "limoe: warning: no job will tell which indices failed: sbatch: QOSMaxSubmitJobPerUserLimit" in err
+    report = Path("shards/web.slurm/001/report.sbatch").absolute()
+    assert f"bash {report}\n" in err
+    assert report.exists()
+
+
+def test_a_dry_run_logs_where_there_is_a_folder(calls, capsys):  # noqa: F811
+    assert main([*ARRAY, "--dry-run", *PACK]) == 0
+    assert f"#SBATCH --output={Path('web.slurm-001-%a.log').absolute()}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
@@ -49,6 +68,8 @@ def test_what_slurm_refuses_leaves_nothing(calls, capsys, monkeypatch):  # noqa:
         ([*ARRAY, "--", "dedup", "--out", "x"], "only download, pack, retry-failed can be cut"),
         ([*ARRAY, *PACK, "--unit", "0/8"], "leave it out"),
         ([*ARRAY, "--indices", "8", *PACK], "from 0 to 7"),
+        ([*ARRAY, "--notes", "x" * 300, *PACK], "File name too long"),
+        ([*ARRAY, *PACK, "--captions", "b\udcff"], "is no UTF-8"),
         (["submit-prep", "--time", "30", *PACK], "--tasks is missing"),
         ([*ARRAY, "--", "retry-failed", "folder"], "--notes is missing"),
         ([*ARRAY, "--", "pack", "--source", "s3://me:word@host/x", "--out", "x"], "a password in a URL"),
