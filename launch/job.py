@@ -7,22 +7,21 @@ container they are not. Needs no torch.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
-from launch.job_case import Case, look, train_steps
+from launch.job_case import Case, look, someone_else, train_steps
+from limoe_dist.checkpoint.contents import plain
 from limoe_dist.config.errors import UserError, warn
 from limoe_dist.config.exit_codes import DONE, FAILED, GO_ON, GUARDED, INTERRUPTED, MEND, TERMINATED
 from limoe_dist.config.parse import write_atomically
-from limoe_dist.train.folder import trainer
 from slurm import attempts as book
 from slurm import scheduler
 from slurm.attempts import Attempt
-from slurm.losses import lost_hosts, what_happened
+from slurm.losses import is_preempted, lost_hosts, since_when, what_happened
 
 TRAIN, NOTHING_TO_DO, RESUBMIT, REQUEUE = 0, 10, 11, 12
 """What the job script does next: see BeginOptions and EndOptions."""
@@ -36,8 +35,8 @@ class BeginOptions:
 
     Exit status: 0 train. 10 nothing to do, the run is done. 11 a host that failed twice is among this job's: submit
     anew without those in RUN/slurm/exclude. 2 stop, and the reason is printed: another job trains
-    there; an attempt of this job or chain ended with a setting to mend (2) or was stopped by a guard (3); or the last
-    starts brought no new step.
+    there; an attempt of this job or chain ended with a setting to mend (2) or was stopped by a guard (3); a person
+    ended the job before of this chain by a signal, which saved; or the last starts brought no new step.
 
     A start brought nothing where the newest checkpoint is no newer after it. It counts against --idle-restarts unless
     it was cancelled, preempted, stopped by a person's signal, lost with a node or in a power cut, or failed by a host
@@ -62,8 +61,8 @@ class EndOptions:
     that the job ends with, that of training: 0 done, 1 failed, 2 a setting to mend, 3 stopped by a guard, 75 the time
     was up, 130 or 143 stopped by a person and saved.
 
-    12 and 11 come only with --requeue, and where another start may help: after 1, 75, and ranks that were killed; not
-    where the last starts brought no new step.
+    12 and 11 come only with --requeue, and where another start may help: after 1, 75, ranks that were killed, and 130
+    or 143 of a job that Slurm preempts; not where the last starts brought no new step.
     What training wrote into RUN/ended.json tells better than srun, which ends with 143 where one rank failed and it
     terminated the others.
     """
@@ -104,7 +103,7 @@ def main(argv: list[str]) -> int:
     case = look(Path(options.run), os.environ)
     verdict = begin(case, options) if isinstance(options, BeginOptions) else end(case, options)
     if verdict.why:
-        print(f"limoe: job {case.job.number}: {verdict.why}", flush=True)
+        print(plain(f"limoe: job {case.job.number}: {verdict.why}"), flush=True)
     return verdict.status
 
 
@@ -113,7 +112,7 @@ def begin(case: Case, options: BeginOptions) -> Verdict:
     steps = train_steps(case.run_dir)
     if case.ended and steps and case.ended.status == DONE and case.ended.step >= steps:
         return _sent_away(case, Verdict(NOTHING_TO_DO, "done", f"the run is done, at step {case.ended.step:,}"))
-    if owner := _someone_else(case, patience_s=options.wait):
+    if owner := someone_else(case, patience_s=options.wait):
         raise _stop(case, f"{case.run_dir} is in use: {owner}")
     _close_open_attempt(case)
     if problem := _stopped(case) or _going_round(case, options.idle_restarts):
@@ -126,8 +125,8 @@ def begin(case: Case, options: BeginOptions) -> Verdict:
             return _sent_away(case, Verdict(RESUBMIT, "resubmit", f"{names} failed before: submitting without"))
         warn(f"{names} failed {book.FAILURES} times in this run, and is among the nodes of this job")
     known = scheduler.known(lambda: scheduler.nodes([case.job.node_list] if case.job.nodes else []))
-    since = {name: node.slurmd_start for name, node in (known or {}).items() if node.slurmd_start}
-    case.note("begin", nodes=list(case.job.nodes), step=case.step, mark=book.mark(case.run_dir), slurmd=since)
+    since = since_when(known or {})
+    case.note("begin", nodes=list(case.job.nodes), step=case.step, mark=book.mark(case.run_dir), **since)
     return Verdict(TRAIN, "train", "")
 
 
@@ -140,31 +139,6 @@ def _sent_away(case: Case, verdict: Verdict) -> Verdict:
 def _stop(case: Case, why: str) -> UserError:
     _sent_away(case, Verdict(MEND, "stop", why))
     return UserError(f"job {case.job.number}: {why}")
-
-
-def _someone_else(case: Case, *, patience_s: float) -> str:
-    """Who trains in this run now, or whose leftovers do not go away; empty: nobody."""
-    until = time.monotonic() + patience_s
-    while owner := _owner(case):
-        if time.monotonic() >= until:
-            return owner
-        time.sleep(min(2.0, max(0.05, patience_s / 20)))
-    return ""
-
-
-def _owner(case: Case) -> str:
-    # Of each job its newest attempt; one that nothing has closed may still run.
-    newest = {attempt.job: attempt for attempt in case.past}
-    others = [job for job, attempt in newest.items() if not attempt.action and job not in ("", case.job.number)]
-    there = scheduler.known(lambda: scheduler.queue(others)) or {}
-    if running := [job for job in there.values() if job.runs]:
-        return f"job {running[0].job} ({running[0].state}) trains there; wait for it, or `scancel {running[0].job}`"
-    try:
-        if (owner := trainer(case.run_dir)) is not None:
-            return f"it is being trained by {owner}"
-    except UserError:
-        pass  # a file system without locks: the last that comes owns the run
-    return ""
 
 
 def _close_open_attempt(case: Case) -> None:
@@ -187,17 +161,19 @@ def _note_lost(case: Case, attempt: Attempt, hosts: list[str], why: str, **facts
     case.note("lost", job=attempt.job, restart=attempt.restart, hosts=hosts, why=why, step=case.step, **facts)
     case.past = book.attempts(case.run_dir) or case.past
     if hosts:
-        print(f"limoe: {attempt}: {why}", flush=True)
+        print(plain(f"limoe: {attempt}: {why}"), flush=True)
 
 
 def _stopped(case: Case) -> str:
     """Why a person has to look first; empty: nobody has to."""
-    stopped = book.for_good(case.family)
+    stopped = book.for_good(case.family, case.job.number)
     if stopped is None:
         return ""
     again = f"then submit again: limoe submit --resume {case.run_dir}"
     if stopped.status == GUARDED:
         return f"{stopped} was stopped by a guard at step {stopped.end_step}: see {case.run_dir}/guard.jsonl, {again}"
+    if stopped.status != MEND:
+        return f"{stopped} was stopped by a person's signal at step {stopped.end_step}: to go on, {again[5:]}"
     reason = case.ended.reason.splitlines()[0] if case.ended and case.ended.reason else ""
     what = f"a setting or file to mend ({reason})" if reason else "a setting or file to mend"
     return f"{stopped} ended with {what}: see its log in {case.run_dir}/slurm; mend it, {again}"
@@ -246,9 +222,13 @@ def end(case: Case, options: EndOptions) -> Verdict:
     # First of all: a job that was told to end has some seconds.
     case.note("end", status=status, step=case.step, action=verdict.action, why=verdict.why)
     mine = case.this_attempt
-    if verdict.action == "cancelled" and mine is not None and (lost := lost_hosts(mine) or []):
-        _note_lost(case, mine, lost, "lost " + ", ".join(lost))
-        _exclude(case)
+    if verdict.action == "cancelled" and mine is not None:
+        if is_preempted(case.job.number):
+            case.note("end", status=status, step=case.step, action="preempted", why="preempted by another job")
+        # Of several nobody can tell whether they were lost before it was told to end.
+        elif len(lost := lost_hosts(mine) or []) == 1:
+            _note_lost(case, mine, lost, f"lost {lost[0]}")
+            _exclude(case)
     return verdict
 
 
@@ -270,6 +250,10 @@ def _end(case: Case, status: int, options: EndOptions) -> Verdict:
             "cancelled",
             "told to end by scancel, preemption, the time limit or a lost node: Slurm decides how it goes on",
         )
+    # During the grace period of a preemption Slurm sends SIGTERM to the ranks alone, as a person would.
+    if status not in (DONE, MEND, GUARDED) and is_preempted(case.job.number):
+        again = f"; requeueing from step {case.step:,}" if options.requeue else ""
+        return Verdict(REQUEUE if options.requeue else status, "preempted", f"preempted by another job{again}")
     if not book.worth_another(status):
         return Verdict(status, "done" if status == DONE else "stop", "")
     what = "its time is up" if status == GO_ON else f"training ended with status {options.status}"

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from limoe_dist.checkpoint.catalog import checkpoints, step_of
-from limoe_dist.config.errors import warn
+from limoe_dist.config.errors import UserError, warn
 from limoe_dist.parallel.place import expand_hosts
+from limoe_dist.train.folder import trainer
 from slurm import attempts as book
+from slurm import scheduler
 from slurm.attempts import Attempt, Ended
 
 
@@ -107,4 +109,29 @@ def train_steps(run_dir: Path) -> int | None:
         steps = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["train"]["steps"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return steps if isinstance(steps, int) else None
+    return book.whole(steps) or None
+
+
+def someone_else(case: Case, *, patience_s: float) -> str:
+    """Who trains in this run now, or whose leftovers do not go away; empty: nobody."""
+    until = time.monotonic() + patience_s
+    while owner := _owner(case):
+        if time.monotonic() >= until:
+            return owner
+        time.sleep(min(2.0, max(0.05, patience_s / 20)))
+    return ""
+
+
+def _owner(case: Case) -> str:
+    # Of each job its newest attempt; one that nothing has closed may still run.
+    newest = {attempt.job: attempt for attempt in case.past}
+    others = [job for job, attempt in newest.items() if not attempt.action and job not in ("", case.job.number)]
+    there = scheduler.known(lambda: scheduler.queue(others)) or {}
+    if running := [job for job in there.values() if job.runs]:
+        return f"job {running[0].job} ({running[0].state}) trains there; wait for it, or `scancel {running[0].job}`"
+    try:
+        if (owner := trainer(case.run_dir)) is not None:
+            return f"it is being trained by {owner}"
+    except UserError:
+        pass  # a file system without locks: the last that comes owns the run
+    return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -51,12 +52,22 @@ def main(argv: list[str]) -> int:
         if options.watch and sys.stdout.isatty():
             clear()
         if options.json:
-            print(json.dumps(as_json(facts, verdict), indent=None if options.watch else 2), flush=True)
+            content = finite(as_json(facts, verdict))
+            print(json.dumps(content, indent=None if options.watch else 2, allow_nan=False), flush=True)
         else:
             show(facts, verdict)
         if not options.watch or verdict.over:
             return verdict.exit_status
         time.sleep(options.every)
+
+
+def finite(value: Any) -> Any:
+    """The same with null for what is not finite: JSON has no NaN, and few programs read one."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_json(facts: Facts, verdict: Verdict) -> dict[str, Any]:

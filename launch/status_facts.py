@@ -81,9 +81,9 @@ class Facts:
 
     @property
     def step(self) -> int:
-        known = [self.heartbeat.step if self.heartbeat else 0, int(self.metrics.get("step") or 0)]
+        beat = self.heartbeat.step if self.heartbeat else 0
         # A run that went back to a checkpoint is where it is now, not where it was.
-        return known[0] or known[1] or (self.checkpoint.step if self.checkpoint else 0)
+        return beat or book.whole(self.metrics.get("step")) or (self.checkpoint.step if self.checkpoint else 0)
 
     @property
     def jobs_in_queue(self) -> list[Queued]:
@@ -91,9 +91,16 @@ class Facts:
 
 
 def gather(run_dir: Path, clock: Callable[[], float] = time.time) -> Facts:
-    """Raises UserError where there is no such run."""
+    """Raises UserError where there is no such run, or it cannot be read."""
     known = ("run.json", "checkpoints", "slurm", "heartbeat.json", "faults.jsonl")
-    if not any((run_dir / name).exists() for name in known):
+    try:
+        # Where it must not be read, `exists` may say no.
+        there = set(os.listdir(run_dir)) if run_dir.exists() else set()
+    except NotADirectoryError:
+        there = set()
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be read: {error.strerror}") from None
+    if not there & set(known):
         raise UserError(
             f"{run_dir}: there is neither run.json nor checkpoints nor slurm: this is not a run's directory"
         )
@@ -137,17 +144,20 @@ def _heartbeat(run_dir: Path, now: float) -> Heartbeat | None:
     path = run_dir / "heartbeat.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        beat, by_server = float(content["time"]), path.stat().st_mtime
+        beat, by_server = book.number(content["time"]), path.stat().st_mtime
+        if beat is None:
+            return None
         ahead = beat - now if beat - now > AHEAD_S else 0.0
-        per_step = content.get("seconds_per_step")
+        per_step = book.number(content.get("seconds_per_step"))
+        busy_s = [book.number(value) for value in content.get("busy_s") or ()]
         return Heartbeat(
-            step=int(content["step"]),
-            steps=int(content["steps"]),
+            step=book.whole(content["step"]),
+            steps=book.whole(content["steps"]),
             phase=str(content["phase"]),
-            seconds_per_step=None if per_step is None else float(per_step),
+            seconds_per_step=per_step if per_step is not None and per_step >= 0 else None,
             hosts=tuple(map(str, content.get("hosts") or ())),
-            busy_s=tuple(map(float, content.get("busy_s") or ())),
-            key=(str(content.get("job") or ""), int(content.get("restart") or 0)),
+            busy_s=tuple(value or 0.0 for value in busy_s),
+            key=(str(content.get("job") or ""), book.whole(content.get("restart"))),
             # Of a clock that is ahead the file server's may tell more.
             age_s=max(0.0, now - (by_server if ahead else beat)),
             ahead_s=ahead,

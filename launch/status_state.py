@@ -103,6 +103,8 @@ def _over(facts: Facts) -> Verdict:
     last = facts.attempts[-1] if facts.attempts else None
     if last is not None and last.action in ("requeue", "resubmit") and facts.queued is None:
         return Verdict("queued", f"{last}: {how(facts, last)}; Slurm is not here to ask how it goes on")
+    if last is not None and last.action == "resubmit":
+        return Verdict("failed", f"{last} {_no_successor(facts, last)}")
     if facts.ended is not None:
         return _ended(facts, facts.ended)
     if last is not None and not last.trained and last.action == "stop":
@@ -128,6 +130,16 @@ def _over(facts: Facts) -> Verdict:
             return Verdict("queued", f"job {jobs} was submitted; Slurm is not here to ask")
         return Verdict("failed", f"job {jobs} has left the queue without a sign of it here; `sacct -j {jobs}` may tell")
     return Verdict("stopped", "nobody trains, and nothing says how the last start ended")
+
+
+def _no_successor(facts: Facts, attempt: Attempt) -> str:
+    """The last attempt asked for another job in its place, and none is in the queue."""
+    jobs = [
+        job for line in facts.submissions if line.get("after") == attempt.job for job in book.words(line.get("jobs"))
+    ]
+    if jobs:
+        return f"was to be followed by job {jobs[-1]}, which has left the queue without a sign of it here"
+    return f"wanted to be submitted anew ({attempt.why}), but no job came in its place: see its log"
 
 
 def _ended(facts: Facts, ended: Ended) -> Verdict:
@@ -166,6 +178,8 @@ def how(facts: Facts, attempt: Attempt) -> str:
             return lost or (f"ended by Slurm ({state})" if state else attempt.why)
         case "done":
             return "done"
+        case "preempted":
+            return "preempted" + (", requeued" if _went_on(facts, attempt) else "")
         case "cancelled":
             return lost or f"ended by Slurm{f' ({state})' if state else ' or a person'}"
     if not attempt.trained:
@@ -173,7 +187,15 @@ def how(facts: Facts, attempt: Attempt) -> str:
     meaning = {75: "time was up", 1: "failed", 2: "setting to mend", 3: "guard", 130: "Ctrl-C", 143: "SIGTERM"}
     what = meaning.get(attempt.status or 0, f"status {attempt.status}")
     next_step = {"requeue": ", requeued", "resubmit": ", submitted anew", "stop": ", stopped"}
+    if not _went_on(facts, attempt):
+        # It asked for it; whether Slurm obeyed is not to be seen.
+        next_step |= {"requeue": ", wanted to be requeued", "resubmit": ", wanted to be submitted anew"}
     return what + next_step.get(attempt.action, "") + (f"; {lost}" if lost else "")
+
+
+def _went_on(facts: Facts, attempt: Attempt) -> bool:
+    """Whether something came after it: another attempt, or a job that is in the queue."""
+    return attempt is not facts.attempts[-1] or bool(facts.jobs_in_queue)
 
 
 @dataclass(frozen=True)
@@ -193,8 +215,8 @@ class Remaining:
 def remaining(facts: Facts) -> Remaining:
     steps = facts.steps or (facts.heartbeat.steps if facts.heartbeat else 0)
     pace = facts.heartbeat.seconds_per_step if facts.heartbeat else None
-    pace = pace if pace is not None else facts.metrics.get("seconds_per_step")
-    training = max(0, steps - facts.step) * float(pace) if pace and steps else None
+    pace = pace if pace is not None else book.number(facts.metrics.get("seconds_per_step"))
+    training = max(0, steps - facts.step) * pace if pace and pace > 0 and steps else None
     return Remaining(training, waiting_frac(facts.attempts, facts.submissions))
 
 

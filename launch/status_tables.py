@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ from rich.text import Text
 from launch.status_facts import Facts
 from launch.status_state import Verdict, faults_by_host, how, remaining, slow_host, warnings
 from limoe_dist.checkpoint.contents import plain
-from slurm.attempts import Attempt
+from slurm.attempts import Attempt, number, whole
 
 COLORS = {
     "done": "bold green",
@@ -95,10 +96,11 @@ def _rows(facts: Facts, verdict: Verdict) -> list[tuple[str, str]]:
             ("loss", facts.metrics.get("loss"), ".4f", ""),
             ("", facts.metrics.get("pairs_per_s"), ",.1f", " pairs/s"),
         )
-        if isinstance(value, int | float)
+        if isinstance(value, float) or number(value) is not None
     ]
     if figures:
-        rows.append(("last line", ", ".join(one.strip() for one in figures) + f" (step {facts.metrics.get('step')})"))
+        step = whole(facts.metrics.get("step"))
+        rows.append(("last line", ", ".join(one.strip() for one in figures) + f" (step {step})"))
     if left := _left(facts) if not verdict.over else "":
         rows.append(("left", left))
     if saved := facts.checkpoint:
@@ -170,15 +172,17 @@ def _advice(facts: Facts, verdict: Verdict) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 20 min`, `2 days 4 h`."""
-    whole = max(0, round(seconds))
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 2 * 3600:
-        return f"{whole // 60} min"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} days {whole % 86400 // 3600} h"
+    """`40 s`, `12 min`, `3 h 20 min`, `2 days 4 h`; `?` for what is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    rest = max(0, round(seconds))
+    if rest < 120:
+        return f"{rest} s"
+    if rest < 2 * 3600:
+        return f"{rest // 60} min"
+    if rest < 48 * 3600:
+        return f"{rest // 3600} h {rest % 3600 // 60} min"
+    return f"{rest // 86400} days {rest % 86400 // 3600} h"
 
 
 def since(now: float, then: float) -> str:

@@ -34,6 +34,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(scheduler, "queue", lambda jobs: {j: q for j, q in answer("queue").items() if j in jobs})
     monkeypatch.setattr(scheduler, "history", lambda jobs: [past for past in answer("history") if past.job in jobs])
     monkeypatch.setattr(scheduler, "nodes", lambda names: answer("nodes"))
+    monkeypatch.setattr(scheduler, "is_preempted", lambda job: job in answer("preempted"))
     return answers
 
 
@@ -70,6 +71,14 @@ def started(run: Path, job: str = "7", restart: int = 0, nodes: str = BOTH, **op
 def stopped(run: Path, job: str = "7", restart: int = 0, nodes: str = BOTH, *, status: int, **options: Any) -> int:
     given = {"requeue": True} | options
     return end(case(run, job, restart, nodes), EndOptions(str(run), status=status, **given)).status
+
+
+def would_end(run: Path, restart: int, status: int) -> tuple[str, int]:
+    """What would be noted and said at the end, without noting it."""
+    here = case(run, restart=restart)
+    here.note = lambda event, **facts: None  # type: ignore[method-assign]
+    verdict = end(here, EndOptions(str(run), status=status, requeue=True, idle_restarts=0))
+    return verdict.action, verdict.status
 
 
 def submitted(run: Path, *jobs: str, **more: Any) -> None:
@@ -149,6 +158,48 @@ def test_a_cancelled_job_is_not_requeued(run: Path) -> None:
     ended(run, 4, 143)
     assert stopped(run, status=143, cancelled=True) == 143
     assert attempts(run)[-1].action == "cancelled"
+
+
+@pytest.mark.parametrize("status", [143, 75, 1])
+def test_what_slurm_preempts_is_requeued_whatever_it_saved_with(
+    run: Path, cluster: dict[str, Any], status: int
+) -> None:
+    for restart in range(3):
+        assert started(run, restart=restart) == 0
+        # Not of this job: a person's signal.
+        cluster["preempted"] = ["6"]
+        ended(run, 4, status)
+        assert would_end(run, restart, status)[1] == (143 if status == 143 else 12)
+        cluster["preempted"] = ["7"]
+        # No new step in three starts: nobody's fault.
+        assert would_end(run, restart, status) == ("preempted", 12)
+        verdict = stopped(run, restart=restart, status=143)
+        assert (verdict, attempts(run)[-1].action) == (12, "preempted")
+    assert stopped(run, restart=2, status=143, requeue=False) == status
+
+
+def test_what_ended_for_good_under_a_preemption_is_not_requeued(run: Path, cluster: dict[str, Any]) -> None:
+    cluster["preempted"] = ["7"]
+    for restart, status in enumerate((0, 2, 3)):
+        assert started(run, restart=restart) == 0
+        ended(run, 50, status)
+        assert stopped(run, restart=restart, status=143) == status
+        (run / "slurm/attempts.jsonl").unlink()
+
+
+def test_the_next_job_of_a_chain_goes_on_after_a_preemption_and_not_after_a_persons_signal(
+    run: Path, cluster: dict[str, Any]
+) -> None:
+    submitted(run, "7", "8", "9")
+    cluster["preempted"] = ["7"]
+    for job in ("7", "8"):
+        assert started(run, job) == 0
+        ended(run, 4, 143)
+        assert stopped(run, job, status=143, requeue=False) == 143
+    with pytest.raises(UserError, match=r"job 8 was stopped by a person's signal at step 0: to go on, submit again"):
+        started(run, "9")
+    submitted(run, "10")
+    assert started(run, "10") == 0
 
 
 def test_two_starts_without_a_new_step_are_enough(run: Path) -> None:
@@ -282,9 +333,64 @@ def test_a_node_that_is_lost_under_a_job_is_noted_at_its_end(run: Path, cluster:
 def test_a_preempted_job_blames_no_node(run: Path, cluster: dict[str, Any]) -> None:
     cluster |= {"nodes": {"n1": node("n1")}, "history": [Past("7", "PREEMPTED", "0:0", 1.0, 2.0, BOTH)]}
     assert started(run) == 0
-    cluster["nodes"] = {"n1": node("n1", "DRAIN")}
+    cluster["nodes"] = {"n1": node("n1", "DOWN")}
     assert started(run, restart=1) == 0
     assert (attempts(run)[0].action, attempts(run)[0].lost, attempts(run)[0].why) == ("lost", (), "preempted")
+
+
+def test_daemons_that_are_all_started_again_blame_no_node(run: Path, cluster: dict[str, Any]) -> None:
+    names = ["n1", "n2", "n3", "n4"]
+    for restart in range(3):
+        cluster["nodes"] = {name: node(name, since=50.0 + 50 * restart) for name in names}
+        assert started(run, restart=restart, nodes="n[1-4]") == 0
+    assert [attempt.lost for attempt in attempts(run)] == [(), (), ()]
+    assert not (run / "slurm/exclude").exists()
+
+
+def test_a_node_that_booted_is_lost_and_one_that_is_drained_is_not(run: Path, cluster: dict[str, Any]) -> None:
+    cluster["nodes"] = {name: Node(name, frozenset({"IDLE"}), 50.0, 40.0) for name in ("n1", "n2", "n3")}
+    assert started(run, nodes="n[1-3]") == 0
+    # All daemons are new, and Slurm reckons the time of a boot a second later than before.
+    cluster["nodes"] = {name: Node(name, frozenset({"IDLE", "DRAIN"}), 900.0, 41.0) for name in ("n1", "n2", "n3")}
+    cluster["nodes"]["n3"] = Node("n3", frozenset({"IDLE"}), 900.0, 800.0)
+    assert started(run, restart=1, nodes="n[1-3]") == 0
+    assert attempts(run)[0].lost == ("n3",)
+
+
+def test_of_several_nodes_that_are_lost_after_an_end_none_is_blamed(run: Path, cluster: dict[str, Any]) -> None:
+    cluster["nodes"] = {"n1": node("n1"), "n2": node("n2")}
+    assert started(run) == 0
+    assert started(run, "8") == 0
+    cluster["nodes"] = {"n1": node("n1", "DOWN"), "n2": node("n2", "DOWN")}
+    assert stopped(run, "8", status=143, cancelled=True) == 1
+    assert started(run, "8", 1) == 0
+    assert started(run, "8", 2) == 0
+    assert [attempt.lost for attempt in attempts(run)] == [(), (), (), ()]
+    assert "n1, n2 were lost since" in attempts(run)[2].why
+    # The accounting says that it was them.
+    cluster["history"] = [Past("8", "NODE_FAIL", "0:0", 1.0, 2.0, BOTH)] * 3
+    assert started(run, "8", 3) == 0
+    assert attempts(run)[3].lost == ("n1", "n2")
+
+
+def test_a_cancelled_job_that_slurm_preempted_blames_no_node(run: Path, cluster: dict[str, Any]) -> None:
+    cluster |= {"nodes": {"n1": node("n1")}, "preempted": ["7"]}
+    assert started(run) == 0
+    cluster["nodes"]["n1"] = node("n1", "DOWN")
+    assert stopped(run, status=143, cancelled=True) == 1
+    assert started(run, restart=1) == 0
+    assert [(attempt.action, attempt.lost) for attempt in attempts(run)] == [("preempted", ()), ("", ())]
+
+
+def test_odd_values_in_the_files_of_a_run_keep_no_job_from_being_requeued(run: Path) -> None:
+    fields = {"time": 1e400, "job": "7", "restart": -1, "step": 10**400, "status": 10**400, "nodes": 5, "hosts": 5}
+    for name in ("slurm/attempts.jsonl", "faults.jsonl", "slurm/submissions.jsonl"):
+        text = "".join(json.dumps(fields | {"event": event}) + "\n" for event in ("begin", "lost", "end"))
+        (run / name).write_text(text)
+    (run / "ended.json").write_text('{"step": 1e999, "status": 1e999}')
+    (run / "run.json").write_text('{"train": {"steps": 1e999}}')
+    assert started(run) == 0
+    assert stopped(run, status=75) == 12
 
 
 def test_without_slurms_commands_an_attempt_is_closed_all_the_same(run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import subprocess
@@ -195,6 +196,43 @@ def test_a_job_that_was_requeued_is_taken_to_wait_where_slurm_cannot_tell(run: P
     ended(run, 50, 75)
     closed(run, at=NOW, status=75, action="requeue")
     assert state(run) == ("queued", 0)
+    # Whether Slurm obeyed is not to be seen.
+    assert "time was up, wanted to be requeued; Slurm is not here" in judge(gather(run, lambda: NOW)).text
+    cluster["queue"] = {}
+    assert state(run) == ("stopped", 0)
+    assert told_of(run) == ["time was up, wanted to be requeued"]
+    cluster["queue"] = queued(state="PENDING")
+    assert told_of(run) == ["time was up, requeued"]
+    cluster.clear()
+    began(run, restart=1)
+    assert told_of(run) == ["time was up, requeued", "not known"]
+
+
+def told_of(run: Path) -> list[str]:
+    facts = gather(run, lambda: NOW)
+    return [status_state.how(facts, attempt) for attempt in facts.attempts]
+
+
+@pytest.mark.parametrize("event", ["end", "skip"])
+def test_a_job_in_whose_place_none_came_is_a_failure(run: Path, cluster: dict[str, Any], event: str) -> None:
+    cluster["queue"] = {}
+    began(run)
+    ended(run, 50, 75)
+    line(run, book.ATTEMPTS, event=event, time=NOW, job="7", restart=0, status=1, action="resubmit", why="n2 failed")
+    assert state(run) == ("failed", 1)
+    assert "(n2 failed), but no job came in its place" in judge(gather(run, lambda: NOW)).text
+    line(run, book.SUBMISSIONS, jobs=["8"], after="7")
+    assert state(run) == ("failed", 1)
+    assert "followed by job 8, which has left the queue" in judge(gather(run, lambda: NOW)).text
+    cluster["queue"] = queued("8", "PENDING", reason="Resources")
+    assert state(run) == ("queued", 0)
+
+
+def test_an_attempt_that_was_preempted_says_so(run: Path, cluster: dict[str, Any]) -> None:
+    cluster["queue"] = queued(state="PENDING")
+    began(run)
+    closed(run, at=NOW, status=143, action="preempted")
+    assert told_of(run) == ["preempted, requeued"]
     cluster["queue"] = {}
     assert state(run) == ("stopped", 0)
 
@@ -330,6 +368,69 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert status.main([]) == 2
 
 
+def test_a_directory_that_cannot_be_looked_into_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="xx: cannot be read: File name too long"):
+        status.main(["x" * 300])
+    (run / "file").touch()
+    for name in (run / "file", run / "nothing"):
+        with pytest.raises(UserError, match=r"neither run\.json"):
+            status.main([str(name)])
+
+    def denied(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("launch.status_facts.os.listdir", denied)
+    with pytest.raises(UserError, match="run: cannot be read: Permission denied"):
+        status.main([str(run)])
+
+
+@pytest.mark.parametrize("odd", ["null", "[]", '"x"', "NaN", "1e999", "-1e999", "-1", "1" + "0" * 400])
+def test_odd_values_are_no_traceback(run: Path, capsys: pytest.CaptureFixture[str], odd: str) -> None:
+    def write(name: str, *fields: str, **fixed: Any) -> None:
+        given = json.dumps(dict.fromkeys(fields, "@") | fixed).replace('"@"', odd)
+        (run / name).write_text(given + "\n")
+
+    beat(run)
+    began(run)
+    closed(run, at=NOW, status=75, action="requeue", step=30)
+    for number in range(3):
+        if number == 1:
+            write(
+                "heartbeat.json",
+                "step",
+                "steps",
+                "seconds_per_step",
+                "restart",
+                time=NOW,
+                phase="train",
+                busy_s=["@", 0.1],
+            )
+        if number == 2:
+            write("heartbeat.json", "time", "step", "steps", "phase", "job", "hosts", "busy_s")
+            write("slurm/attempts.jsonl", "time", "restart", "nodes", "step", event="begin", job="7")
+            write("ended.json", "step", "status")
+            write("run.json", train={"steps": "@"})
+        write("metrics.jsonl", "step", "loss", "pairs_per_s", "seconds_per_step")
+        for words in ([], ["--json"]):
+            assert status.main([str(run), *words]) in (0, 1)
+    assert "Infinity" not in capsys.readouterr().out
+
+
+def test_json_has_null_for_a_loss_that_is_no_number(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beat(run, age=NOW - time.time())
+    (run / "metrics.jsonl").write_text('{"step": 5, "loss": NaN, "pairs_per_s": Infinity}\n')
+    line(run, "guard.jsonl", step=5, kind="non_finite", loss=float("nan"), text="loss nan")
+    assert status.main([str(run), "--json"]) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert (told["loss"], told["pairs_per_s"], told["guard"]["last"]["loss"]) == (None, None, None)
+    assert status.main([str(run)]) == 0
+    assert "loss nan" in capsys.readouterr().out
+
+
 def test_files_that_are_broken_are_no_traceback(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("run.json", "heartbeat.json", "ended.json", "metrics.jsonl", "faults.jsonl", "guard.jsonl"):
         (run / name).write_bytes(b'\xff{"step": [1, ')
@@ -358,7 +459,16 @@ def test_the_slow_rank_is_the_one_that_works_long(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(40, "40 s"), (600, "10 min"), (12000, "3 h 20 min"), (180000, "2 days 2 h"), (-5, "0 s")]
+    ("seconds", "text"),
+    [
+        (40, "40 s"),
+        (600, "10 min"),
+        (12000, "3 h 20 min"),
+        (180000, "2 days 2 h"),
+        (-5, "0 s"),
+        (math.inf, "?"),
+        (math.nan, "?"),
+    ],
 )
 def test_a_duration_is_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
