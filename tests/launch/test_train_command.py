@@ -194,6 +194,8 @@ def test_a_runs_settings_begin_another_with_one_thing_changed(tmp_path: Path, da
     done = limoe("train", settings, "--out", str(second), *again)
     assert done.returncode == 0, done.stderr
     before, after = (json.loads((out / "run.json").read_text()) for out in (first, second))
+    # Of each start, what a person could want to know of its environment, and no setting.
+    assert before.pop("environment")["OMP_NUM_THREADS"] == after.pop("environment")["OMP_NUM_THREADS"] == "1"
     assert (before["optim"].pop("lr"), after["optim"].pop("lr")) == (1e-3, 5e-4)
     assert (before.pop("parallel")["ep"], after.pop("parallel")["ep"]) == (1, 2)
     # The run's own copy of the vocabulary.
