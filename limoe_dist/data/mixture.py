@@ -26,7 +26,7 @@ import numpy as np
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Data
 from limoe_dist.data.manifest import Manifest, load_manifest, manifest_place
-from limoe_dist.data.order import Ints, SourceOrder
+from limoe_dist.data.order import ORDER_VERSION, Ints, SourceOrder
 from limoe_dist.data.places import is_remote, local
 
 MAX_PERIOD = 100_000
@@ -179,12 +179,11 @@ def described(data: Data, manifests: Sequence[Manifest], *, samples: int) -> lis
 
 
 def data_hash(data: Data, manifests: Sequence[Manifest]) -> str:
-    """Of the shards' checksums, in order, and in a mixture of the weights: runs that have the same read the same."""
+    """Hash of order version, shards' checksums and mixture weights: runs with the same hash read the same rows."""
     hashes = [hashlib.sha256("".join(shard.sha256 for shard in one.shards).encode()).hexdigest() for one in manifests]
-    if len(hashes) == 1:
-        return hashes[0]
-    weights = [entry.weight for entry in entries_of(data)]
-    return hashlib.sha256(json.dumps(list(zip(weights, hashes, strict=True))).encode()).hexdigest()
+    weights = [entry.weight for entry in entries_of(data)] if len(hashes) > 1 else [1]
+    content = [ORDER_VERSION, *zip(weights, hashes, strict=True)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

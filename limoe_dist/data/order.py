@@ -22,6 +22,9 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
+ORDER_VERSION = 2
+"""Changes with any change of the order of rows: a run resumes only in the order that it began with."""
+
 # Four rounds of a random function make a strong permutation (Luby and Rackoff); short halves want more.
 _ROUNDS = 8
 
@@ -242,9 +245,8 @@ def epoch_keys(seed: int, epochs: Ints, *, source: int = 0) -> Words:
     """One key word for each (seed, source, epoch). Raises ValueError for a seed outside 0 to 2**64 - 1."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed={seed}: must be in 0 to 2**64 - 1")
-    seed_word = mixed(np.full(1, seed, dtype=np.uint64))
-    if source:
-        seed_word = mixed(mixed(seed_word) ^ np.uint64(source))
+    # Source 0 is mixed in too: mixed(seed) ^ mixed(epoch + 1) would be the same for seed and epoch exchanged.
+    seed_word = mixed(mixed(mixed(np.full(1, seed, dtype=np.uint64))) ^ np.uint64(source))
     return mixed(seed_word ^ mixed(epochs.astype(np.uint64) + np.uint64(1)))
 
 

@@ -272,9 +272,9 @@ class Restart:
     def _differences(self, reader: Reader) -> list[str]:
         state, checkpoint = reader.state, reader.checkpoint
         problems = changed_settings(self._settings_of(state), self.run, checkpoint)
-        shards = "training shards, or weights of data.mixture," if self.run.data.mixture else "training shards"
+        read = "training shards, weights of data.mixture or version of the data order"
         for name, before, now in (
-            (shards, state.data, self.inputs.data_hash),
+            (read, state.data, self.inputs.data_hash),
             ("vocabulary", state.tokenizer, self.inputs.tokenizer_hash),
         ):
             if before != now:
