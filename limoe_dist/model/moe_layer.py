@@ -254,14 +254,14 @@ class MoeLayer(nn.Module):
         count = torch.zeros(2, 2 * self.moe.num_experts, device=clean_GSE.device)
         count[0].scatter_add_(0, cell_GSK.flatten(), real_GS[..., None].expand_as(kept_GSK).flatten().float())
         count[1].scatter_add_(0, cell_GSK.flatten(), kept_GSK.flatten().float())
-        entropy_GS = aux_losses.token_entropy(clean_GSE).float() * real_GS
-        by_modality = torch.stack([~text_S, text_S]).float()
+        entropy_GS = aux_losses.token_entropy(clean_GSE) * real_GS
+        by_modality = torch.stack([~text_S, text_S]).to(entropy_GS.dtype)
         return MoeRecord(
             losses=losses,
             routed_E2=count[0].view(-1, 2),
             kept_E2=count[1].view(-1, 2),
             entropy_2=by_modality @ entropy_GS.sum(0),
-            tokens_2=by_modality @ real_GS.sum(0).float(),
+            tokens_2=by_modality @ real_GS.sum(0).to(entropy_GS.dtype),
         )
 
 

@@ -30,12 +30,14 @@ def keys(stream: int, members: Tensor) -> Tensor:
 
 
 def uniform(stream: int | Tensor, count: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Numbers in (0, 1), open at both ends: (count,) for one key, (n, count) for n keys of shape (n,).
+    """Uniform numbers above 0: (count,) for one key, (n, count) for n keys of shape (n,).
+
+    The largest are 1 by rounding: one in 2**54 in float64, one in 2**25 in float32.
 
     float64 has 53 random bits; narrower types are rounded from that, so all types see the same stream.
     """
     bits = _bits(stream, count, device)
-    # The top 53 bits, moved half a step up: never 0, so a logarithm is finite, and never 1.
+    # The top 53 bits, moved half a step up: never 0, so a logarithm is finite.
     unit = (_shift_right(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
     return unit.to(dtype)
 
