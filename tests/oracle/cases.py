@@ -1,0 +1,198 @@
+"""Random training cases: a configuration, weights and batches, for the product and for the oracle.
+
+Every setting of model, image, text, moe, optim and train that decides a training step is drawn. Routing must not hang
+on the last bit of a gate, so exact ties are avoided: captions differ in their first token, and `moe.priority=sum` never
+adds all gates that a token may choose, a sum that is 1 for every token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from limoe_dist.config import rules
+from limoe_dist.config.schema import Eval, Image, Model, Moe, Optim, Parallel, Run, Text, Train
+from tests.oracle.step import Batch
+
+AUX_LOSSES = ("importance", "load", "z", "local_image", "local_text", "global_image", "global_text")
+VOCABULARY = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    run: Run
+    seed: int
+    """Seed of the perturbation of the weights, and of the batches."""
+    given: tuple[str, ...]
+    """Content of each step's batch: pairs, images or texts."""
+
+    def batches(self) -> list[Batch]:
+        return [_batch(self.run, kind, self.seed + step) for step, kind in enumerate(self.given)]
+
+
+def _batch(run: Run, kind: str, seed: int) -> Batch:
+    random = np.random.default_rng(seed)
+    pairs, length = run.train.batch_pairs, run.text.length
+    images = random.normal(size=(pairs, 3, run.image.size, run.image.size))
+    tokens = random.integers(0, run.text.vocab_size, (pairs, length))
+    tokens[:, 0] = random.permutation(run.text.vocab_size)[:pairs]
+    valid = np.arange(length) < random.integers(1, length + 1, (pairs, 1))
+    return Batch(
+        images=None if kind == "texts" else images,
+        tokens=None if kind == "images" else tokens,
+        valid=None if kind == "images" else valid,
+    )
+
+
+def perturbed(weights: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """Weights moved away from their initial values: no bias is zero, no two experts are alike, gates are spread."""
+    random = np.random.default_rng(seed)
+    moved = {}
+    for name in sorted(weights):
+        scale = 1.0 if name.endswith("router") else 0.1
+        moved[name] = np.asarray(weights[name] + scale * random.normal(size=weights[name].shape))
+    return moved
+
+
+@st.composite
+def cases(draw: DrawFn, *, ranks: int = 1, steps: int = 3) -> Case:
+    """A case that `ranks` ranks can train: its layout is drawn too."""
+    tp = draw(st.sampled_from([size for size in (1, 2, 4) if ranks % size == 0]))
+    heads = tp * draw(st.integers(1, 2))
+    width, depth = heads * draw(st.sampled_from([6, 4, 8])), draw(st.integers(1, 3))
+    two_towers = draw(st.sampled_from([False] * 7 + [True]))
+    model = Model(
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_dim=tp * draw(st.integers(3, 9)),
+        embed_dim=draw(st.integers(3, 9)),
+        towers="two" if two_towers else "one",
+        init_temperature=draw(st.sampled_from([0.1, 0.07, 0.5])),
+    )
+    patch = draw(st.sampled_from([2, 3]))
+    image = Image(size=patch * draw(st.integers(2, 3)), patch=patch)
+    text = Text(
+        length=draw(st.integers(2, 5)), vocab_size=VOCABULARY, pad=draw(st.sampled_from(["masked", "token", "masked"]))
+    )
+    group_pairs = draw(st.integers(1, 3))
+    blocks = () if two_towers else tuple(sorted(draw(st.sets(st.integers(0, depth - 1), min_size=1))))
+    ep = draw(st.sampled_from([size for size in (1, 2, 4) if ranks % size == 0])) if blocks else 1
+    moe = Moe(blocks=blocks, group_pairs=group_pairs, **draw(_routing(ep, len(blocks))), **draw(_aux()))
+    moe = draw(_thresholds(moe))
+    pairs = ranks * group_pairs * draw(st.integers(1 if ranks * group_pairs > 1 else 2, 3))
+    if pairs < 2 * ranks:
+        pairs *= 2
+    optim = draw(_optim(steps))
+    own = pairs // ranks
+    train = Train(
+        steps=steps + optim.timescale,
+        batch_pairs=pairs,
+        seed=draw(st.sampled_from([0, 5, 2**40])),
+        dtype="fp64",
+        microbatch_pairs=draw(
+            st.sampled_from([0, *(size for size in range(1, own) if own % size == 0 and size % group_pairs == 0)])
+        ),
+        recompute=draw(st.booleans()),
+        contrastive_chunk=draw(st.sampled_from([0, 1, 3])),
+    )
+    parallel = Parallel(
+        tp=tp, ep=ep, bucket_mb=draw(st.sampled_from([64.0, 0.004])), overlap=draw(st.booleans()), reduce_dtype="fp64"
+    )
+    run = Run(
+        model=model,
+        image=image,
+        text=text,
+        moe=moe,
+        optim=optim,
+        train=train,
+        parallel=parallel,
+        eval=Eval(batch_pairs=group_pairs),
+    )
+    rules.check(run, world=ranks)
+    kinds = st.sampled_from(["pairs", "pairs", "images", "texts"])
+    given = ("pairs", *(draw(kinds) for _ in range(steps - 1)))
+    return Case(run=run, seed=draw(st.integers(0, 2**20)), given=given)
+
+
+@st.composite
+def _routing(draw: DrawFn, ep: int, num_blocks: int) -> dict[str, Any]:
+    """Experts, their pools, who chooses how many of them, and who gets a slot."""
+    experts = draw(st.sampled_from([size for size in (2, 3, 4, 5, 8) if size % ep == 0]))
+    pool = draw(st.sampled_from([0, 0, max(1, experts // 2)])) if experts > 2 else 0
+    kept: tuple[str, ...] = ()
+    choosable = min(pool, experts - pool) if pool else experts
+    if ep == 1 and not pool and experts > 3 and draw(st.booleans()):
+        kept = tuple(
+            " ".join(map(str, sorted(draw(st.sets(st.integers(0, experts - 1), min_size=2)))))
+            for _ in range(num_blocks)
+        )
+        choosable = min([experts, *(len(numbers.split()) for numbers in kept)])
+    top_k = draw(st.integers(1, min(3, choosable)))
+    priority = draw(st.sampled_from(["max", "sum"])) if top_k < choosable else "max"
+    eval_capacity = draw(st.sampled_from(["full", "paper"]))
+    return {
+        "num_experts": experts,
+        "top_k": top_k,
+        "capacity_factor": draw(st.sampled_from([1.0, 0.7, 1.3])),
+        "capacity_multiple": draw(st.sampled_from([1, 2, 4])),
+        "eval_capacity": eval_capacity,
+        "eval_capacity_factor": draw(st.sampled_from([0.0, 0.8, 1.5])) if eval_capacity == "paper" else 0.0,
+        "order": draw(st.sampled_from(["priority", "priority", "images_first", "text_first", "random"])),
+        "priority": priority,
+        "routers": draw(st.sampled_from(["shared", "per_modality"])),
+        "image_experts": pool,
+        "noise_std": draw(st.sampled_from([1.0, 3.0, 0.0])),
+        "kept_experts": kept,
+    }
+
+
+@st.composite
+def _aux(draw: DrawFn) -> dict[str, Any]:
+    """Weights of the auxiliary losses, some of them off, and their variants."""
+    weights = {name: draw(st.sampled_from([0.0, 1.0, 0.5, 2.0])) for name in (*AUX_LOSSES, "mutual_information")}
+    return weights | {
+        "aux_weight": draw(st.sampled_from([0.04, 1.0, 0.0])),
+        "modality_prior": draw(st.sampled_from(["tokens", "uniform"])),
+        "local_form": draw(st.sampled_from(["plain", "above_log_k", "merged"])),
+    }
+
+
+@st.composite
+def _thresholds(draw: DrawFn, moe: Moe) -> Moe:
+    """Thresholds that can be met, and a load loss only where there is noise."""
+    pool = moe.image_experts
+    most = {"image": pool or moe.num_experts, "text": moe.num_experts - pool}
+    share = st.sampled_from([0.95, 0.8, 1.0])
+    update: dict[str, Any] = {f"min_{name}_experts": max(1.0, draw(share) * most[name]) for name in most}
+    if moe.noise_std == 0:
+        update["load"] = 0.0
+    return moe.model_copy(update=update)
+
+
+@st.composite
+def _optim(draw: DrawFn, steps: int) -> Optim:
+    name = draw(st.sampled_from(["adamw", "adafactor"]))
+    warmup = draw(st.integers(0, steps - 1))
+    timescale = draw(st.integers(1, 9))
+    return Optim(
+        name=name,
+        lr=draw(st.sampled_from([1e-2, 3e-3])),
+        beta1=draw(st.sampled_from([0.9, 0.5, 0.0])),
+        beta2=draw(st.sampled_from([0.98, 0.8])),
+        eps=draw(st.sampled_from([1e-6, 1e-4])),
+        decay_exponent=draw(st.sampled_from([0.8, 0.5])),
+        max_decay=draw(st.sampled_from([0.999, 0.3])),
+        min_factored_dim=draw(st.sampled_from([4, 7, 32])),
+        weight_decay=draw(st.sampled_from([0.1, 0.0, 1.0])),
+        clip_norm=draw(st.sampled_from([0.1, 1.0, 1e6])),
+        warmup_steps=warmup,
+        timescale=timescale,
+        # Long enough to reach the steps that are taken, which are the first of `steps + timescale`.
+        cooldown_steps=draw(st.sampled_from([0, 1, timescale + math.ceil((steps - warmup) / 2)])),
+    )
