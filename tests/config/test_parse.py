@@ -7,7 +7,15 @@ import pytest
 from pydantic import ValidationError
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.parse import changed_settings, decisive, known_keys, load_run, save_run, write_atomically
+from limoe_dist.config.parse import (
+    MAY_CHANGE,
+    changed_settings,
+    decisive,
+    known_keys,
+    load_run,
+    save_run,
+    write_atomically,
+)
 from limoe_dist.config.presets import names, preset
 from limoe_dist.config.schema import Run
 from tests.config.settings import changed
@@ -150,3 +158,12 @@ def test_a_setting_that_an_older_version_did_not_know_must_have_its_default():
     assert changed_settings(before, Run(), Path("state.json")) == []
     (line,) = changed_settings(before, changed(Run(), {"moe.top_k": 2}), Path("state.json"))
     assert line == "moe.top_k=2, but state.json has 1: a resumed run keeps what decides its results"
+
+
+def test_only_these_settings_may_change_when_a_run_resumes():
+    free = {"train.batch_pairs", "train.stop_grace_s", "train.microbatch_pairs", "train.recompute"}
+    free |= {"train.contrastive_chunk", "optim.engine", "optim.zero_stage", "optim.offload"}
+    sections = ("model", "image", "text", "moe", "optim", "train")
+    kept = {name for name in known_keys(Run) if name.startswith(tuple(f"{each}." for each in sections))} - free
+    kept |= {"data.window_rows", "data.block_shards"}
+    assert set(decisive(Run())) - set(MAY_CHANGE) == kept

@@ -286,6 +286,8 @@ def test_the_fixes_that_are_offered_work():
         ({"train.microbatch_pairs": 32, "train.batch_pairs": 256}, 2),
         ({"train.microbatch_pairs": 64, "train.batch_pairs": 256}, 2),
         ({"train.steps": 500, "optim.warmup_steps": 50, "optim.cooldown_steps": 250}, None),
+        ({"train.steps": 500, "optim.warmup_steps": 250, "optim.cooldown_steps": 250}, None),
+        ({"moe.eval_capacity": "paper", "moe.group_pairs": 32, "eval.batch_pairs": 96}, None),
     ):
         check(changed(preset("tiny"), change), world=world)
 
@@ -338,3 +340,9 @@ def test_microbatches_are_fitted_to_another_number_of_ranks(asked, before, now, 
     assert again.train.microbatch_pairs == fitted
     if now != 5:
         check(again, world=now, resumed=True)
+
+
+def test_evaluation_with_a_capacity_takes_whole_routing_groups():
+    settings = {"moe.eval_capacity": "paper", "moe.group_pairs": 32, "eval.batch_pairs": 48}
+    with pytest.raises(ConfigError, match=r"eval\.batch_pairs=48 must be a multiple of moe\.group_pairs=32"):
+        check(changed(preset("tiny"), settings))

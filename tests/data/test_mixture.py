@@ -303,6 +303,7 @@ def test_the_hash_covers_checksums_weights_and_the_order_of_sources() -> None:
     assert both == data_hash(mixed("elsewhere=0.75", "b=1/4"), [one, two])
     others = [
         data_hash(mixed("a=1", "b=1"), [one, two]),
+        data_hash(mixed("a=1", "b=3"), [one, two]),
         data_hash(mixed("b=1", "a=3"), [two, one]),
         data_hash(mixed("a=3", "b=1"), [one, one]),
         data_hash(Data(manifest="a"), [one]),

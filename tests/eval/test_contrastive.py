@@ -122,3 +122,9 @@ def test_all_tasks_share_one_embedding_of_the_pictures(tmp_path: Path) -> None:
     retrieval_of(embedder)
     contrastive_of(embedder)
     assert model.rows == list(range(8))
+
+
+def test_a_last_minibatch_that_is_exactly_full_counts(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(4)]
+    found = measured(captioned(tmp_path, texts), torch.eye(4), torch.eye(4), texts, minibatch=2)
+    assert (found.rows, found.minibatches, found.left_out) == (4, 2, 0)

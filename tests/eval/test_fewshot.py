@@ -175,3 +175,26 @@ def test_the_training_capacity_is_obeyed_for_pictures_alone(tmp_path: Path, batc
     found = fewshot(model, run, ShardSet(training), ShardSet(evaluated), shots, mesh=Mesh.single(), device=CPU)
     assert found.capacity == "paper"
     assert found.rows == 13
+
+
+def test_every_seed_draws_its_own_pictures(tmp_path: Path) -> None:
+    # One of 4 pictures of each of 8 classes, 12 times: 12 different draws reach nearly all 32 pictures, 2 at most 16.
+    training = flat_shards(tmp_path / "training", 32)
+    shards = flat_shards(tmp_path / "evaluated", 2)
+    model = PlantedModel(of_concepts(32), torch.eye(2))
+    shots = Shots(shots=1, seeds=12)
+    fewshot(model, RUN, training, shards, shots, mesh=Mesh.single(), device=CPU)  # type: ignore[arg-type]
+    rows_K = [list(range(number, 32, 8)) for number in range(8)]
+    drawn_rows = {row for seed in range(12) for rows in drawn(rows_K, shots=1, seed=seed) for row in rows}
+    assert len(drawn_rows) > 24
+    # Rows 0 and 1 are evaluated, and the last batch is filled up with one of its own rows.
+    assert set(model.rows) == drawn_rows | {0, 1}
+
+
+def test_a_training_picture_that_cannot_be_decoded_leaves_the_others_their_features(tmp_path: Path) -> None:
+    # Training row 2, the only picture of concept 2, is damaged: the pictures of concepts 3 to 7 come behind it.
+    training = flat_shards(tmp_path / "training", 8, pictures={2: truncated(2)})
+    shards = flat_shards(tmp_path / "evaluated", 8)
+    found = learn(training, shards, of_concepts(8), Shots(shots=1, seeds=1, l2=(1.0,)))
+    assert found.bad_training_rows == 1
+    assert found.accuracy.mean == 7 / 8

@@ -61,3 +61,9 @@ def test_examples_are_spread_over_all_rows() -> None:
     assert evenly_spread(3) == [0, 1, 2]
     assert evenly_spread(100, most=4) == [0, 25, 50, 75]
     assert evenly_spread(0) == []
+
+
+def test_links_of_queries_are_not_mixed_up_where_keys_are_many() -> None:
+    # Query 0 is linked to key 5, query 1 to key 3: with 2 keys a query, 0 * 2 + 5 and 1 * 2 + 3 would be one pair.
+    places, links = torch.tensor([[3, 0], [5, 0]]), torch.tensor([[0, 5], [1, 3]])
+    assert linked_fracs(places, links, (1, 2)) == [0.0, 0.0]
