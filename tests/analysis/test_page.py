@@ -227,3 +227,10 @@ def test_faults_are_told_by_host_and_what_they_say_is_text(tmp_path: Path) -> No
     assert "1 line of guard.jsonl could not be read" in parsed.text
     assert len(parsed.named("caption")) == len(parsed.named("table"))
     page.encode("utf-8")
+
+
+def test_the_throughput_is_the_median_of_the_lines(tmp_path: Path) -> None:
+    rates = {10: 100.0, 20: 900.0, 30: 300.0}
+    lines = [metrics_line(step, blocks=(), pairs_per_s=rate) for step, rate in rates.items()]
+    page = page_of(tmp_path, lines, run=preset("tiny-dense"))
+    assert "Throughput 300 pairs/s" in Parsed(page).text

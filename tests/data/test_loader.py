@@ -19,7 +19,7 @@ from limoe_dist.data.arrow import ShardSet
 from limoe_dist.data.augment import augment_params, caption_index
 from limoe_dist.data.loader import Batch, Loader
 from limoe_dist.data.mixture import entries_of
-from limoe_dist.data.order import row_at
+from limoe_dist.data.order import row_at, rows_checksum
 from limoe_dist.data.tokenizer import Tokenizer, open_tokenizer
 from tests.soak import loader_memory
 from tests.support.shards import damaged, picture, truncated, write_shards
@@ -104,6 +104,16 @@ def test_another_seed_gives_other_pairs(clean: Path) -> None:
     assert not torch.equal(first[0], other[0])
 
 
+def test_every_bit_of_the_seed_decides_the_order(clean: Path) -> None:
+    seed = 5 + (1 << 40) + (1 << 62)
+    batch = batches(a_run(batch_pairs=40, steps=1, seed=seed), clean)[0]
+    assert batch.rows.tolist() == row_at(np.arange(40), rows=batch_rows(clean), seed=seed)[1].tolist()
+
+
+def batch_rows(path: Path) -> int:
+    return len(ShardSet(path))
+
+
 def test_the_same_row_is_augmented_anew_in_each_epoch(clean: Path) -> None:
     images, _, rows = pairs(a_run(batch_pairs=20, steps=4), clean)
     again = rows.index(rows[0], 1)
@@ -170,6 +180,8 @@ def test_a_bad_row_is_replaced_by_the_next_counted_and_named(clean: Path, tmp_pa
     assert reasons["row-10"] == "no picture"
     assert reasons["row-19"] == "neither PNG nor JPEG nor WebP"
     assert reasons["row-4"] == "cannot be decoded (damaged pixels)"
+    # The checksum is that of the rows that were used.
+    assert first.checksum == rows_checksum(np.arange(40), np.array([stand_in.get(row, row) for row in order]))
     assert (first.bad, first.seen) == (5, 45)
     assert (second.bad, second.seen) == (10, 90)
 

@@ -197,3 +197,11 @@ def test_a_colour_factor_does_what_its_name_says(
     pixels = np.full((8, 8, 3), colour, dtype=np.uint8)
     result = decoded(image, pixels, params)
     np.testing.assert_allclose(result[:, 4, 4], expected, atol=3)
+
+
+def test_colours_change_after_the_turn_so_that_uncovered_pixels_look_like_a_white_background() -> None:
+    image = PLAIN.model_copy(update={"translate": 0.5, "brightness": 0.5})
+    params, drawn = chosen(image, lambda found: found["shift_x"] - abs(found["brightness"] - 0.6))
+    pixels = decoded(image, np.full((SIDE, SIDE, 3), 255, dtype=np.uint8), params)
+    # White everywhere before, 255 times the brightness everywhere after, where the shift uncovered pixels too.
+    np.testing.assert_allclose(pixels, 255 * drawn["brightness"], atol=1)
