@@ -25,7 +25,7 @@ ALL = Image(
 
 
 def recovered(params: AugmentParams, size: int = SIZE) -> dict[str, npt.NDArray[np.float64]]:
-    """By name, (n,) each.
+    """Recovered quantities by name, (n,) each.
 
     The matrix takes p' of the result to p = L p' + t of the source; the picture was turned by `angle` (degrees), made
     `zoom` times as large about its centre c and then shifted: p' = zoom R (p - c) + c + shift.

@@ -56,7 +56,7 @@ Columns = dict[str, np.ndarray]
 
 
 def chosen(image: Image, rank: Callable[[Columns], np.ndarray]) -> tuple[AugmentParams, dict[str, float]]:
-    """Of many positions the one with the largest `rank`, and what was drawn there."""
+    """The position with the largest `rank` of many, and what was drawn there."""
     params = augment_params(POSITIONS, image, seed=0)
     found = recovered(params, image.size)
     best = int(np.nan_to_num(rank(found), nan=-math.inf).argmax())

@@ -32,9 +32,9 @@ from tests.support.shards import write_shards
 from tests.train.small import CPU, lines
 
 CONTRASTIVE = math.log(BATCH)
-"""Of pairs that are all alike: every logit is the same, in both directions."""
+"""Contrastive loss of pairs that are all alike: every logit is the same, in both directions."""
 AUXILIARY = 2 * 0.04 * (math.log(8) ** 2 + 2 * math.log(8)) / 6
-"""Of a router of zeros, in 2 blocks: z is (log 8)^2, both local entropies are log 8, importance and global are 0."""
+"""Auxiliary loss of 2 routers of zeros: z is (log 8)^2, both local entropies are log 8, importance and global are 0."""
 
 
 def known_run(*, microbatch_pairs: int = 0) -> Run:
@@ -173,7 +173,7 @@ def test_a_skip_moves_neither_schedule_nor_bias_correction(
 ) -> None:
     run = real_run(data, Guard(), steps=6, lr=1e-2, name=optimizer)
     skipped, never = tmp_path / "skipped", tmp_path / "never"
-    # The batches of steps 2 and 5, by positions: 16 is left out, 5 reads from 80 on.
+    # The batches of steps 2 and 5, by positions: 16 is skipped, 5 reads from 80 on.
     monkeypatch.setattr(Training, "try_step", with_bad_batches({16, 80}))
     go(run, skipped)
     monkeypatch.undo()

@@ -219,7 +219,7 @@ def test_collapse_begins_below_the_least_success_and_above_the_largest_share_of_
 
 
 @pytest.mark.parametrize(
-    ("action", "told"),
+    ("action", "lines_with_event"),
     [
         # A note once, until it was well in between.
         ("note", [0, 1, 0, 0, 0, 0, 0, 1, 0]),
@@ -227,7 +227,7 @@ def test_collapse_begins_below_the_least_success_and_above_the_largest_share_of_
         ("stop", [0, 1, 0, 1, 0, 0, 0, 1, 0]),
     ],
 )
-def test_a_collapse_is_an_event_after_so_many_lines_in_a_row(action: str, told: list[int]) -> None:
+def test_a_collapse_is_an_event_after_so_many_lines_in_a_row(action: str, lines_with_event: list[int]) -> None:
     lines = [BAD, BAD, BAD, BAD, BAD, GOOD, BAD, BAD, BAD]
     guard = Guard(schema.Guard(collapse=action, collapse_lines=2), CPU)
     found = []
@@ -239,7 +239,7 @@ def test_a_collapse_is_an_event_after_so_many_lines_in_a_row(action: str, told: 
         # A restart at any line changes nothing.
         watched, guard = guard.watched(), Guard(guard.settings, CPU)
         guard.remember(watched)
-    assert found == told
+    assert found == lines_with_event
 
 
 def test_going_back_begins_the_count_of_bad_lines_again() -> None:
