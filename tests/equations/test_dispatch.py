@@ -223,3 +223,18 @@ def test_several_groups_give_the_same_as_each_group_alone(routing, capacity):
         buffer_RD = dispatch(x_TD[own], alone)
         assert torch.equal(buffer_EGCD[:, group].flatten(0, 1), buffer_RD)
         assert torch.equal(together[own], combine(buffer_RD * 2, weight_SK, alone))
+
+
+def test_weights_of_bf16_rows_are_not_rounded_before_the_product() -> None:
+    # 0.3 * 1.5 = 0.45 is nearest to 0.44921875 in bfloat16; 0.3 rounded first is 0.30078125, and gives 0.451171875.
+    index = index_slots(
+        torch.tensor([[[0]]]),
+        torch.tensor([[[0]]]),
+        torch.tensor([[[True]]]),
+        torch.tensor([[0]]),
+        num_experts=1,
+        capacity=1,
+    )
+    combined = combine(torch.tensor([[1.5]], dtype=torch.bfloat16), torch.tensor([[0.3]]), index)
+    assert combined.dtype == torch.bfloat16
+    assert combined.item() == 0.44921875

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from limoe_dist.config.schema import Run
+from limoe_dist.model.moe_layer import EVALUATION
+from limoe_dist.model.tower import autocast
 from limoe_dist.optim.native import NativeEngine
 from limoe_dist.parallel.collectives import sum_over
 from limoe_dist.parallel.mesh import Mesh
@@ -78,3 +80,16 @@ def test_two_ranks_with_tp_and_ep_train_in_bf16_as_one_process_does(ranks2: Rank
     for found in ranks2.run(two_steps, "bf16", 3e-3, 2, 2):
         for ours, theirs in zip(found.losses, alone.losses, strict=True):
             assert abs(ours - theirs) < 0.02 * theirs
+
+
+def test_the_router_computes_in_float32_inside_autocast() -> None:
+    run = small_run("bf16", pad="token")
+    model = perturbed_model(run, Mesh.single())
+    layer, layout = model.blocks[1].moe, model._layout(*batch(0, torch.float32), EVALUATION)
+    x_TD = torch.randn(layout.num_image_tokens + layout.num_text_tokens, 32, generator=torch.Generator().manual_seed(0))
+    with autocast(run, torch.device("cpu")):
+        clean_GSE, _ = layer.logits(x_TD, layout, EVALUATION)
+    assert clean_GSE.dtype == torch.float32
+    wanted = (x_TD.double() @ layer.router.detach().double())[layout.token_GS]
+    # bfloat16 would be off by 1e-2.
+    torch.testing.assert_close(clean_GSE.detach().double(), wanted, rtol=0, atol=1e-5)
