@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limoe_dist.data.order import SourceOrder, pairs_before, position_of, rank_positions, row_at, rows_checksum
+from limoe_dist.data.order import (
+    SourceOrder,
+    epoch_keys,
+    pairs_before,
+    permuted,
+    position_of,
+    rank_positions,
+    row_at,
+    rows_checksum,
+)
 
 
 def epoch_rows(rows: int, *, seed: int, epoch: int = 0) -> list[int]:
@@ -222,3 +231,22 @@ def test_the_checksum_tells_which_position_read_which_row() -> None:
     swapped[[3, 4]] = swapped[[4, 3]]
     assert rows_checksum(positions, swapped) != whole
     assert rows_checksum(positions[1:], rows[1:]) != whole
+
+
+def test_a_permutation_has_1_to_2_62_rows() -> None:
+    keys = np.array([5, 6], dtype=np.uint64)
+    assert permuted(np.array([0, 0]), size=1, keys=keys).tolist() == [0, 0]
+    ends = np.array([0, (1 << 62) - 1])
+    found = permuted(ends, size=1 << 62, keys=np.full(2, 5, dtype=np.uint64)).tolist()
+    assert found[0] != found[1]
+    assert all(0 <= place < 1 << 62 for place in found)
+    for size in (0, -1, (1 << 62) + 1):
+        with pytest.raises(ValueError, match=r"in 1 to 2\*\*62"):
+            permuted(ends, size=size, keys=keys)
+
+
+def test_a_seed_is_a_word_of_64_bits() -> None:
+    assert len({int(epoch_keys(seed, np.array([3]))[0]) for seed in (0, 1, 2**64 - 1)}) == 3
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=rf"seed={seed}: must be in 0 to 2\*\*64 - 1"):
+            epoch_keys(seed, np.array([3]))

@@ -1,4 +1,4 @@
-"""Every key that a run or an evaluation writes has a test that works its value out."""
+"""Every key that a run and `limoe eval` write has a test that works its value out."""
 
 from __future__ import annotations
 
@@ -9,35 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from launch.evaluate import main as evaluate
+from limoe_dist.config.schema import Log
+from limoe_dist.parallel.fault import Fault
 from limoe_dist.parallel.mesh import Mesh
+from limoe_dist.train.faults import fault_file
 from limoe_dist.train.ledger import Event
 from limoe_dist.train.loop import train
-from tests.config.settings import changed
 from tests.figures.keys import KEYS
-from tests.support.ranks import RanksPool
 from tests.support.shards import write_shards
-from tests.train.small import on_ranks, run_on
+from tests.train.small import CPU, run_on
 
 ROOT = Path(__file__).parents[2]
-FILES = ("metrics.jsonl", "evaluations.jsonl", "positions.jsonl", "heartbeat.json", "ended.json")
+TASKS = ("zeroshot", "retrieval", "contrastive", "fewshot")
+# Positions that a roll back quarantines; tests/ranks/test_guard.py has runs that roll back.
+ABSENT = {"positions.jsonl": {"quarantined"}}
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, ranks2: RanksPool) -> list[Path]:
-    """The directories of a run on 2 ranks, with a bad row, and of a dense run of one process."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run with a bad row, a fault, and an evaluation by every task after its last step."""
     folder = tmp_path_factory.mktemp("keys")
     data = write_shards(folder / "train", rows=64, pictures={3: b""})
     write_shards(folder / "validation", rows=20)
-    ranks2.run(on_ranks, run_on(data, steps=4).model_dump_json(), str(folder / "ranks"), False, None)
-    dense = changed(run_on(data, steps=4), {"moe.blocks": (), "parallel.ep": 1})
-    train(dense, folder / "dense", mesh=Mesh.single(), device=torch.device("cpu"), resume=False)
-    return [folder / "ranks", folder / "dense"]
+    run = run_on(data, steps=4).model_copy(update={"log": Log(every_steps=1, tensorboard=False)})
+    out = folder / "run"
+    train(run, out, mesh=Mesh.single(), device=CPU, resume=False)
+    fault_file(out, {})(Fault("hang", (1,), ("n1",), "no progress"))
+    for task in TASKS:
+        options = ["--shots", "2", "--seeds", "2"] if task == "fewshot" else []
+        assert evaluate([task, "--run", str(out), *options]) == 0
+    return out
 
 
 def keys_of(value: Any, prefix: str = "") -> set[str]:
-    """Paths of all values that are no objects; numbers in them are N."""
+    """Paths of all values that are no objects; MoE blocks are N."""
     if not isinstance(value, dict):
         return {prefix.removesuffix("/")}
     parts = [keys_of(each, f"{prefix}{'N' if name.isdecimal() else name}/") for name, each in value.items()]
@@ -50,23 +57,41 @@ def keys_in(file: Path) -> set[str]:
     return set().union(*(keys_of(json.loads(content)) for content in contents))
 
 
-@pytest.mark.parametrize("name", [*FILES, "replaced/rank-00000.jsonl"])
-def test_every_key_that_a_run_writes_has_a_test(name: str, written: list[Path]) -> None:
-    files = [
-        *(folder / name for folder in written),
-        *written[0].glob("replaced/*.jsonl" if "replaced" in name else "-"),
-    ]
-    found = set().union(*(keys_in(file) for file in files if file.exists()))
-    # An absent MoE layer leaves {} in its place, and quarantined positions come with a rollback alone.
-    assert found - {"blocks"} == set(KEYS[name]) - ({"quarantined"} if name == "positions.jsonl" else set())
+@pytest.mark.parametrize("name", [name for name in KEYS if name != "guard.jsonl"])
+def test_every_key_of_a_file_has_a_test(name: str, written: Path) -> None:
+    assert keys_in(written / name) == KEYS[name].keys() - ABSENT.get(name, set())
+
+
+def test_every_file_of_numbers_is_in_the_table(written: Path) -> None:
+    found = {str(file.relative_to(written)) for file in written.rglob("*.json*") if "checkpoints" not in file.parts}
+    # The settings of the run are no figures.
+    assert found - {"run.json"} == KEYS.keys() - {"guard.jsonl"}
 
 
 def test_every_field_of_an_event_has_a_test() -> None:
-    assert {field.name for field in fields(Event)} == set(KEYS["guard.jsonl"])
+    assert {field.name for field in fields(Event)} == KEYS["guard.jsonl"].keys()
 
 
 def test_every_test_that_a_key_names_exists() -> None:
     for place in sorted({test for tests in KEYS.values() for test in tests.values()}):
         file, _, name = place.partition("::")
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, place
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, place
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_head_of_an_evaluation_s_file_says_what_was_evaluated(task: str, written: Path) -> None:
+    content = json.loads((written / f"eval-{task}-4.json").read_text(encoding="utf-8"))
+    head = {name: content[name] for name in ("task", "run", "preset", "step", "data", "ranks")}
+    shards = written.parent
+    assert head == {
+        "task": task,
+        "run": str(written),
+        "preset": "",
+        "step": 4,
+        "data": str(shards / "validation" / "manifest.json"),
+        "ranks": 1,
+    }
+    of = content["pixel_nearest_neighbour"] if task == "zeroshot" else content[task]
+    if task in ("zeroshot", "fewshot"):
+        assert of["training_data"] == str(shards / "train" / "manifest.json")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from limoe_dist.checkpoint import catalog
 from limoe_dist.checkpoint.catalog import latest_checkpoint
 from limoe_dist.checkpoint.state import Watched, read_state
 from limoe_dist.config.schema import Checkpoint, Data, Guard, Log, Run
@@ -22,7 +20,6 @@ from limoe_dist.parallel.mesh import Mesh
 from limoe_dist.train import guard as guard_module
 from limoe_dist.train import ledger
 from limoe_dist.train.loop import train
-from limoe_dist.train.restart import Restart
 from limoe_dist.train.step import Examples, StepResult, training_step
 from limoe_dist.train.training import Training
 from tests.pipeline.plain_guard import z_score
@@ -196,85 +193,3 @@ def test_a_skip_moves_neither_schedule_nor_bias_correction(
     for out in (skipped, never):
         state = read_state(latest_checkpoint(out))
         assert (state.step, state.position, state.quarantined) == (6, 128, ((16, 32), (80, 96)))
-
-
-def restart_at(tmp_path: Path, *, step: int, first_step: int, first_pair: int, quarantined: Any) -> Restart:
-    """A start that went on at `first_step` with the pair `first_pair`, in batches of 16."""
-    run = small_run("fp64")
-    restart = Restart(run, tmp_path, SimpleNamespace(), SimpleNamespace(), Mesh.single(), CPU)  # type: ignore[arg-type]
-    restart.first_step, restart.first_pair, restart.step = first_step, first_pair, step
-    restart.quarantined = quarantined
-    return restart
-
-
-def test_a_batch_that_is_left_out_is_quarantined_and_the_next_begins_behind_it(tmp_path: Path) -> None:
-    # 100 pairs before step 10 and 2 batches since: pair 132 is position 142 behind ten quarantined ones.
-    restart = restart_at(tmp_path, step=12, first_step=10, first_pair=100, quarantined=((105, 115),))
-    assert (restart.pairs, restart.position) == (132, 142)
-    assert restart.leave_out() == (142, 158)
-    assert (restart.pairs, restart.position) == (132, 158)
-    assert restart.quarantined == ((105, 115), (142, 158))
-    assert restart.leave_out() == (158, 174)
-    assert restart.quarantined == ((105, 115), (142, 174))
-    restart.step = 13
-    assert (restart.pairs, restart.position) == (148, 190)
-
-
-@pytest.mark.parametrize(
-    ("batches", "saved", "span"),
-    [
-        # Steps 10, 11 and 12 begin at pairs 100, 116, 132: positions 100, 126, 142; step 13 begins at 158.
-        (1, 100, (142, 158)),
-        (2, 100, (126, 158)),
-        (3, 100, (100, 158)),
-        # No more than what this start has read, and nothing that the checkpoint knows.
-        (9, 100, (100, 158)),
-        (9, 130, (130, 158)),
-    ],
-)
-def test_a_rollback_passes_over_the_last_batches_behind_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int, saved: int, span: tuple[int, int]
-) -> None:
-    restart = restart_at(tmp_path, step=12, first_step=10, first_pair=100, quarantined=((105, 115),))
-    restart.saver = SimpleNamespace(finish=lambda: None)  # type: ignore[assignment]
-
-    def restore(self: Restart) -> int:
-        self.step = self.first_step = 10
-        self.quarantined, self._saved_position = ((105, 115),), saved
-        return 10
-
-    monkeypatch.setattr(catalog, "checkpoints", lambda out: [out])
-    monkeypatch.setattr(Restart, "restore", restore)
-    # The batch of step 12 was tried: its data lies before step 13.
-    assert restart.go_back(batches, behind=13) == span
-    assert restart.step == 10
-    assert {position for first, end in restart.quarantined for position in range(first, end)} == {
-        *range(105, 115),
-        *range(*span),
-    }
-
-
-def test_a_line_of_positions_tells_what_was_consumed_and_what_was_jumped_over(tmp_path: Path) -> None:
-    restart = restart_at(tmp_path, step=12, first_step=10, first_pair=100, quarantined=((105, 115), (150, 160)))
-    restart._told = 100
-    restart.count_rows(2**64 - 1)
-    restart.count_rows(3)
-    # 2^64 - 1 + 3 is 2, modulo 2^64.
-    assert restart._consumed(10, 12) == {
-        "step": 12,
-        "from_step": 10,
-        "first": 100,
-        "end": 142,
-        "quarantined": [(105, 115)],
-        "rows": "0000000000000002",
-    }
-    # The next line begins where this one ended, and adds up rows anew.
-    restart.count_rows(2**63 + 5)
-    assert restart._consumed(12, 13) == {
-        "step": 13,
-        "from_step": 12,
-        "first": 142,
-        "end": 168,
-        "quarantined": [(150, 160)],
-        "rows": "8000000000000005",
-    }

@@ -168,8 +168,12 @@ def test_a_leap_takes_the_run_back_to_its_checkpoint_and_past_the_data(both: Bot
     (event,) = both.events()
     assert (event["kind"], event["action"], event["step"], event["to_step"]) == ("spike", "rollback", 13, 10)
     assert (event["first"], event["end"]) == (11 * BATCH, 13 * BATCH)
-    assert both.losses() == passing_over(both.data, tmp_path, guard, (11 * BATCH, 13 * BATCH))
-    assert read_state(latest_checkpoint(both.four)).quarantined == ((11 * BATCH, 13 * BATCH),)
+    losses = both.losses()
+    assert losses == passing_over(both.data, tmp_path, guard, (11 * BATCH, 13 * BATCH))
+    state = read_state(latest_checkpoint(both.four))
+    assert state.quarantined == ((11 * BATCH, 13 * BATCH),)
+    # The guard compares with the last 8 losses that count: those of the undone steps are forgotten.
+    assert state.watched.losses == pytest.approx([losses[step] for step in range(STEPS - 7, STEPS + 1)])
     both.account()
 
 
