@@ -84,7 +84,7 @@ def test_json_lines_hold_a_text_or_a_list(tmp_path):
 
 def test_lines_of_text_folders_patterns_and_gzip_are_read_in_order(tmp_path):
     wrote(tmp_path / "b.txt", "three\n\n  four  \n")
-    wrote(tmp_path / "a.txt.gz", gzip.compress(b"one\ntwo"))
+    wrote(tmp_path / "a.txt.gz", gzip.compress(b"one\ntwo", mtime=0))
     wrote(tmp_path / "ignored.bin", "x")
     assert read(tmp_path) == read(f"{tmp_path}/*.txt*") == ["one", "two", "three", "four"]
 
@@ -93,7 +93,7 @@ def test_texts_are_read_by_url():
     store = Store()
     contents = {
         "a.txt": b"one",
-        "a.txt.gz": gzip.compress(b"two"),
+        "a.txt.gz": gzip.compress(b"two", mtime=0),
         "a.jsonl": b'{"text": "three"}',
         "a.tsv": b"four\t4\n",
     }
@@ -140,8 +140,8 @@ def test_shards_are_read_by_their_manifest(tmp_path):
         ("a.txt", "x", ":caption", "a text file has no columns"),
         ("a.txt.gz", b"\x1f\x8b\x08 broken", "", "a.txt.gz: cannot be read"),
         # The first block of the deflated data is of the kind that does not exist.
-        ("a.txt.gz", gzip.compress(b"x")[:10] + b"\xff" * 9, "", "a.txt.gz: cannot be read: Error -3"),
-        ("a.csv.gz", gzip.compress(b"x")[:10] + b"\xff" * 9, "", "a.csv.gz: cannot be read: Error -3"),
+        ("a.txt.gz", gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 9, "", "a.txt.gz: cannot be read: Error -3"),
+        ("a.csv.gz", gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 9, "", "a.csv.gz: cannot be read: Error -3"),
         ("a.zip", "x", "", "is of no known kind: its name must end with"),
     ],
 )
