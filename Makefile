@@ -6,14 +6,19 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 # make test TESTS="tests/launch -k plan"
 TESTS ?=
+# make mutants MUTANTS="--modules schedule --sample 50"
+MUTANTS ?=
 # make quickstart FIGURES=figures.json: where the measured figures go
 FIGURES ?= quickstart/figures.json
 
-.PHONY: help setup test slurm-setup test-slurm-core test-slurm soak soak-kill quickstart clean FORCE
+.PHONY: help setup test curve mutants mutants-sample slurm-setup test-slurm-core test-slurm soak soak-kill quickstart clean FORCE
 
 help:
 	@echo 'make quickstart   set up, fetch the demo data, train the preset tiny on 2 ranks, evaluate, write a report'
 	@echo 'make test         set up, run every test'
+	@echo 'make curve        train 30 steps of tiny and compare them with the frozen loss curve (a minute; docs/testing.md)'
+	@echo 'make mutants      small defects in the numeric core, one at a time: does a test fail? (hours; docs/mutants.md)'
+	@echo 'make mutants-sample   those of them that fit into three minutes'
 	@echo 'make test-slurm   runs on a real Slurm cluster of 12 hosts on this machine (root; first: make slurm-setup)'
 	@echo 'make test-slurm-core   the four scenarios of it that every push runs'
 	@echo 'make slurm-setup  install Slurm from packages of Debian or Ubuntu (root); starts no service'
@@ -48,6 +53,15 @@ $(STAMP): requirements.txt pyproject.toml
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --ignore=tests/slurm $(TESTS)
+
+curve: $(STAMP)
+	$(VENV)/bin/python -m tests.curve compare
+
+mutants: $(STAMP)
+	$(VENV)/bin/python -m tests.mutants --out docs/measured/mutants.json $(MUTANTS)
+
+mutants-sample: $(STAMP)
+	$(VENV)/bin/python -m tests.mutants --no-check --seed 1 --budget-s 170 --floor 0.8
 
 slurm-setup:
 	tests/slurm/cluster install --mpi

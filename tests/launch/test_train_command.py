@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.forked import limoe
 from tests.support.shards import write_shards
 from tests.support.signalled import ranks_below
 
@@ -49,14 +50,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"), rows=64)
 
 
-def limoe(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "limoe_dist", *words],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | environ,
-    )
+def limoe_from_the_start(*words: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, as a shell starts it."""
+    command = [sys.executable, "-m", "limoe_dist", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def start(tmp_path: Path, command: list[str], save_seconds: float) -> subprocess.Popen[str]:
@@ -72,17 +69,21 @@ def start(tmp_path: Path, command: list[str], save_seconds: float) -> subprocess
     )
 
 
-def signal_in_training(process: subprocess.Popen[str], number: int) -> str:
-    """Waits for the third step, sends the signal to the launcher alone, and returns all that was printed."""
+def signal_in_training(process: subprocess.Popen[str], number: int) -> tuple[str, float]:
+    """Waits for the third step and sends the signal to the launcher alone.
+
+    Returns all that was printed, and the seconds from the signal to the end.
+    """
     assert process.stdout is not None
-    seen = []
+    seen, signalled = [], 0.0
     for line in process.stdout:
         seen.append(line)
         if line.startswith("step 3/"):
             process.send_signal(number)
+            signalled = time.monotonic()
             break
     rest, _ = process.communicate(timeout=120)
-    return "".join(seen) + rest
+    return "".join(seen) + rest, time.monotonic() - signalled
 
 
 def saved_step(out: Path) -> int:
@@ -96,7 +97,7 @@ class SlowSave:
 
     out: Path
     process: subprocess.Popen[str]
-    printed: Future[str]
+    ended: Future[tuple[str, float]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,9 +115,8 @@ def test_a_grace_shorter_than_the_save_kills_it_and_leaves_no_checkpoint(tmp_pat
     out = tmp_path / "run"
     command = ["limoe_dist", "train", "tiny", "--data", str(data), "--out", str(out), "--ranks", "2", *SMALL]
     process = start(tmp_path, [*command, "--train.steps", "100000", "--train.stop-grace-s", "3"], save_seconds=60)
-    began = time.monotonic()
-    printed = signal_in_training(process, signal.SIGTERM)
-    assert time.monotonic() - began < 60
+    printed, seconds = signal_in_training(process, signal.SIGTERM)
+    assert seconds < 60
     assert process.returncode == 1
     assert "the ranks were ended by signal 15 before they had saved" in printed
     assert "train.stop_grace_s=3" in printed
@@ -142,10 +142,10 @@ def test_ctrl_c_under_torchrun_saves_and_ends_and_the_run_goes_on(tmp_path: Path
     command = ["torch.distributed.run", "--nproc-per-node", "2", "--shutdown-timeout", "60", "-m", "limoe_dist"]
     words = ["train", "tiny", "--data", str(data), "--out", str(out), "--parallel.ep", "2", *SMALL]
     process = start(tmp_path, [*command, *words, "--train.steps", "100000"], save_seconds=2)
-    printed = signal_in_training(process, signal.SIGINT)
+    printed, _ = signal_in_training(process, signal.SIGINT)
     step = saved_step(out)
     assert f"stopped at step {step} of 100000, saved" in printed
-    done = limoe("train", "--resume", str(out), "--ranks", "2", "--stop-after", str(step + 2))
+    done = limoe("train", "--resume", str(out), "--parallel.ep", "1", "--stop-after", str(step + 2))
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, step + 3))
@@ -154,7 +154,8 @@ def test_ctrl_c_under_torchrun_saves_and_ends_and_the_run_goes_on(tmp_path: Path
 def test_a_run_goes_on_on_other_ranks_and_its_weights_begin_another(tmp_path: Path, data: Path) -> None:
     out, other = tmp_path / "run", tmp_path / "other"
     words = ["--data", str(data), "--train.steps", "8", *SMALL]
-    assert limoe("train", "tiny", *words, "--out", str(out), "--stop-after", "2").returncode == 0
+    begun = limoe_from_the_start("train", "tiny", *words, "--out", str(out), "--stop-after", "2")
+    assert begun.returncode == 0, begun.stderr
     refused = limoe("train", "--resume", str(out), "--ranks", "3")
     assert refused.returncode == 2
     assert "3 ranks cannot share train.batch_pairs=16 evenly in groups of moe.group_pairs=4" in refused.stderr
@@ -288,7 +289,7 @@ def test_mistakes_end_in_one_line_with_status_2_before_anything_starts(tmp_path:
 
 def test_all_broken_rules_are_told_at_once(tmp_path: Path, data: Path) -> None:
     words = ["--ranks", "2", "--parallel.ep", "3", "--model.heads", "5", "--train.batch-pairs", "100"]
-    done = limoe("train", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), *words)
+    done = limoe_from_the_start("train", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), *words)
     assert done.returncode == 2
     told = [line for line in done.stderr.splitlines() if line.startswith("limoe: error: ")]
     assert {line.split("=")[0].removeprefix("limoe: error: ") for line in told} == {
@@ -310,8 +311,8 @@ def test_a_fault_that_only_ranks_can_find_is_told_once(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = limoe("train", "tiny", "--data", str(manifest), "--out", str(tmp_path / "run"), "--ranks", "2", *SMALL,
-                 "--train.steps", "20")  # fmt: skip
+    words = ["--data", str(manifest), "--out", str(tmp_path / "run"), "--ranks", "2", *SMALL, "--train.steps", "20"]
+    done = limoe_from_the_start("train", "tiny", *words)
     assert done.returncode == 2
     assert done.stderr.count("limoe: error: ") == 1
     assert "its checksum is not the one in the manifest" in done.stderr
@@ -320,7 +321,7 @@ def test_a_fault_that_only_ranks_can_find_is_told_once(tmp_path: Path) -> None:
 
 
 def test_sigterm_waits_for_a_save_that_takes_longer_than_the_launchers_own_30_seconds(slow_save: SlowSave) -> None:
-    printed, out = slow_save.printed.result(), slow_save.out
+    (printed, _), out = slow_save.ended.result(), slow_save.out
     assert slow_save.process.returncode == 128 + signal.SIGTERM, printed
     assert f"stopped at step {saved_step(out)} of 100000, saved; go on: limoe train --resume {out} --ranks 2" in printed
     assert "Traceback" not in printed

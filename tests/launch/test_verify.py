@@ -20,6 +20,7 @@ from limoe_dist.config.schema import Run
 from limoe_dist.train.parity.checks import CHECKS, Check
 from limoe_dist.train.parity.compare import Blame, Comparison
 from limoe_dist.train.parity.facts import Facts
+from tests.launch.forked import limoe
 
 
 def changed(run: Run, **sections: dict[str, object]) -> Run:
@@ -63,7 +64,7 @@ def test_batches_that_drop_no_token_fail_and_say_so(tmp_path: Path) -> None:
     out = tmp_path / "certificate.json"
     words = ["verify", "tiny", "--layout", "dp=2,tp=1,ep=2", "--shrink", "--out", str(out)]
     words += ["--moe.capacity-factor", "9", "--train.dtype", "fp32"]
-    done = subprocess.run([sys.executable, "-m", "limoe_dist", *words], capture_output=True, text=True, timeout=240)
+    done = limoe(*words)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "limoe: error: fp32: the batches prove too little: 0.0% of the tokens were dropped" in done.stderr
     assert "Traceback" not in done.stderr

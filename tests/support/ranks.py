@@ -8,7 +8,8 @@
     def test_the_sum_reaches_every_rank(ranks2):
         assert ranks2.run(total, 10) == [21, 21]
 
-Processes are spawned, not forked: a fork would copy torch's thread pools in an unknown state.
+Ranks are forks of a server that has imported torch and has started no threads: a fork of the tests' own process would
+copy torch's thread pools in an unknown state, and a spawned one imports all again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch.distributed as dist
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 LOOPBACK = "127.0.0.1"
 GRACE_S = 0.3
+PRELOADED = ["pytest", "tests.support.ranks", "limoe_dist.train.loop", "torch._dynamo"]
 
 
 class RankFailure(Exception):
@@ -74,7 +76,8 @@ class RanksPool:
     def _start(self) -> None:
         # The store lives here and takes a free port by itself: no rank can lose a race for a port.
         self._store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(
