@@ -18,12 +18,12 @@ from tests.benchmarks.machine import origin
 from tests.curve.curve import CURVES, STEPS, frozen
 from tests.draws import test_augmentation, test_initial_values
 from tests.figures.keys import KEYS
-from tests.settings.table import NO_EFFECT, ROWS, TESTS
+from tests.settings.table import ELSEWHERE, NO_EFFECT, ROWS, TESTS
 
 
 def settings() -> dict[str, Any]:
     fields = [name for name in known_keys(Run) if "." in name or name == "preset"]
-    shown = {row.setting for row in ROWS if row.affects}
+    shown = {row.setting for row in ROWS}
     return {
         "fields": len(fields),
         "by sections": Counter(name.partition(".")[0] for name in fields),
@@ -31,6 +31,7 @@ def settings() -> dict[str, Any]:
         "with a test of what they do": len(set(TESTS) - shown),
         "that decide nothing": NO_EFFECT,
         "changes compared": len(ROWS),
+        "that must change no number of a step": len(ELSEWHERE),
         "not covered": sorted(set(fields) - shown - set(TESTS) - set(NO_EFFECT)),
     }
 

@@ -36,7 +36,8 @@ def test_the_frozen_curves_are_whole_and_learn() -> None:
 def test_a_number_that_moves_is_named_with_its_step() -> None:
     kept = frozen()
     moved = copy.deepcopy(kept)
-    moved["1 rank, fp64"]["grad_norm"][6] += 1e-5
+    largest = max(kept["1 rank, fp64"]["lr"])
+    moved["1 rank, fp64"]["lr"][6] += 2e-7 * largest
     (line,) = problems(moved, kept)
-    assert line.startswith("1 rank, fp64: grad_norm differs by up to ")
+    assert line.startswith("1 rank, fp64: lr differs by up to 2.0e-07, ")
     assert line.endswith("more than 1e-07 from step 7")

@@ -63,8 +63,8 @@ def starting_weights(case: Case) -> dict[str, np.ndarray]:
 
 
 # A failing case is printed as it is: shrinking it would train hundreds of others first.
-DRAWN = settings(max_examples=40, phases=(Phase.generate,))
-DRAWN_ON_RANKS = settings(max_examples=8, phases=(Phase.generate,))
+DRAWN = settings(max_examples=30, phases=(Phase.generate,))
+DRAWN_ON_RANKS = settings(max_examples=5, phases=(Phase.generate,))
 
 
 @DRAWN

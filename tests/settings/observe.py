@@ -157,7 +157,7 @@ def _data(run: Run) -> Observed:
     params = augment_params(np.arange(PICTURES), run.image, seed=run.train.seed)
     pixels = {
         mode: _array(Decoder(run.image, mode=mode, batch_size=PICTURES, threads=1, device=CPU).decode(content, chosen))
-        for mode, chosen in (("train", params), ("eval", identity_params(PICTURES)))
+        for mode, chosen in (("train", params), ("evaluation", identity_params(PICTURES)))
     }
     draws = augment_params(POSITIONS, run.image, seed=run.train.seed).caption
     tokenizer = open_tokenizer(run, manifests[0], Path(entries[0].path).parent)
@@ -165,7 +165,7 @@ def _data(run: Run) -> Observed:
     return {
         "rows": {"sources": drawn.sources, "rows": drawn.rows},
         "training pixels": {"pixels": pixels["train"]},
-        "evaluation pixels": {"pixels": pixels["eval"]},
+        "evaluation pixels": {"pixels": pixels["evaluation"]},
         "caption choice": {"of 5": np.array([caption_index(draw, 5) for draw in draws])},
         "tokens": {"tokens": encoded.tokens, "valid": encoded.valid},
     }

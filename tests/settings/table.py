@@ -16,6 +16,10 @@ MODEL = FORWARD | {"initial values", "update"}
 """Where shapes of weights change too."""
 
 
+DENSE: dict[str, Any] = {"moe.blocks": ()}
+TWO_TOWERS = DENSE | {"model.towers": "two"}
+
+
 @dataclass(frozen=True)
 class Row:
     """A setting of which a change shows in results that are computed in this process."""
@@ -31,11 +35,12 @@ class Row:
 
 ROWS = (
     Row("model.width", 12, MODEL, beside={"model.heads": 3}),
-    Row("model.depth", 3, MODEL - ROUTING | {"way"}),
+    Row("model.depth", 4, MODEL - ROUTING | {"way"}),
+    Row("model.depth", 4, MODEL - ROUTING | {"way"}, base=TWO_TOWERS),
     Row("model.heads", 4, MODEL),
     Row("model.mlp_dim", 12, MODEL),
     Row("model.embed_dim", 7, MODEL - ROUTING),
-    Row("model.towers", "two", MODEL - ROUTING | {"way"}, base={"moe.blocks": ()}),
+    Row("model.towers", "two", MODEL - ROUTING | {"way"}, base=DENSE),
     Row("model.init_temperature", 0.5, {"initial values"}),
     Row("image.size", 18, MODEL | {"training pixels", "evaluation pixels", "way"}),
     Row("image.patch", 4, MODEL | {"way"}),
@@ -53,7 +58,7 @@ ROWS = (
     Row("text.length", 5, MODEL | {"tokens", "way"}),
     Row("text.vocab_size", 50, {"initial values", "gradient", "update"}),
     Row("text.pad", "token", FORWARD | {"way"}),
-    Row("moe.blocks", (1,), MODEL | {"way"}),
+    Row("moe.blocks", (0,), MODEL | {"way"}),
     Row("moe.num_experts", 6, MODEL),
     Row("moe.top_k", 1, FORWARD),
     Row("moe.group_pairs", 4, TRAIN),
@@ -61,7 +66,11 @@ ROWS = (
     Row("moe.capacity_multiple", 3, TRAIN),
     Row("moe.eval_capacity", "paper", EVALUATION),
     Row("moe.eval_capacity_factor", 0.3, EVALUATION, base={"moe.eval_capacity": "paper"}),
+    Row("moe.order", "images_first", TRAIN),
     Row("moe.order", "text_first", TRAIN),
+    Row("moe.order", "random", TRAIN),
+    Row("moe.order", "random", TRAIN, base={"moe.order": "images_first"}),
+    Row("moe.order", "text_first", TRAIN, base={"moe.order": "images_first"}),
     Row("moe.priority", "sum", TRAIN),
     Row("moe.routers", "per_modality", MODEL | {"way"}),
     Row("moe.image_experts", 2, FORWARD | {"way"}, base={"moe.min_image_experts": 1.9, "moe.min_text_experts": 1.8}),
@@ -113,12 +122,54 @@ ROWS = (
     Row("train.contrastive_chunk", 3, {"way"}),
     Row("parallel.bucket_mb", 0.001, {"way"}),
     Row("parallel.reduce_dtype", "fp64", {"gradient", "update", "way"}, base={"train.dtype": "fp32"}),
-    Row("parallel.overlap", False, set()),
-    Row("data.check", "never", set()),
-    Row("guard.spike_z", 2.0, set()),
-    Row("preset", "other", set()),
 )
-"""Settings whose effect is a number, and some whose effect is none here."""
+"""Settings whose effect is a number."""
+
+ELSEWHERE: dict[str, Any] = {
+    "data.validation": "second",
+    "data.check": "never",
+    "data.cache": "a folder",
+    "data.cache_gb": 1.0,
+    "data.threads": 2,
+    "data.prefetch": 5,
+    "data.max_bad_frac": 0.5,
+    "parallel.overlap": False,
+    "parallel.kernels": "auto",
+    "parallel.start_timeout_s": 1.0,
+    "parallel.timeout_s": 1.0,
+    "parallel.threads": 2,
+    "train.stop_grace_s": 1.0,
+    "eval.every_steps": 1,
+    "eval.batch_pairs": 2,
+    "eval.classes": "trained",
+    "eval.templates": ("a {}",),
+    "eval.captions": "all",
+    "eval.minibatch": 2,
+    "checkpoint.every_steps": 1,
+    "checkpoint.every_minutes": 1.0,
+    "checkpoint.keep": 1,
+    "checkpoint.keep_every": 1,
+    "checkpoint.read_back": False,
+    "guard.non_finite": "stop",
+    "guard.spike": "skip",
+    "guard.collapse": "stop",
+    "guard.spike_z": 1.0,
+    "guard.spike_window": 8,
+    "guard.min_success": 1.0,
+    "guard.max_dead_frac": 0.0,
+    "guard.collapse_lines": 1,
+    "guard.rollback_batches": 1,
+    "guard.max_skips": 1,
+    "guard.max_rollbacks": 1,
+    "log.every_steps": 1,
+    "log.tensorboard": False,
+    "log.straggler_factor": 1.0,
+    "preset": "other",
+}
+"""Settings that must not show in a number of a step, each with a value that is not its default."""
+
+NEED_RANKS = {"parallel.tp", "parallel.ep", "optim.engine", "optim.zero_stage", "optim.offload", "train.init_from"}
+"""Settings that need other ranks, or a finished run: tests/ranks compares the numbers of their runs."""
 
 TESTS = {
     "data.validation": "tests/settings/test_behaviour.py::test_a_run_writes_at_the_steps_that_its_settings_name",
@@ -134,7 +185,8 @@ TESTS = {
     "parallel.tp": "tests/settings/test_behaviour.py::test_the_axes_of_the_mesh_are_those_of_the_settings",
     "parallel.ep": "tests/settings/test_behaviour.py::test_the_axes_of_the_mesh_are_those_of_the_settings",
     "parallel.overlap": "tests/settings/test_behaviour.py::test_with_overlap_buckets_leave_in_the_backward_pass",
-    "parallel.kernels": "tests/parallel/test_apex.py::test_a_missing_apex_is_refused_with_the_way_to_get_it",
+    "parallel.kernels": "tests/settings/test_reach.py::"
+    "test_every_norm_and_the_update_look_for_the_kernels_of_the_settings",
     "parallel.start_timeout_s": "tests/ranks/test_start.py::"
     "test_a_rank_that_never_comes_is_named_with_its_host_on_all_that_came_and_told_once",
     "parallel.timeout_s": "tests/ranks/test_start.py::"
@@ -151,7 +203,8 @@ TESTS = {
     "eval.captions": "tests/settings/test_behaviour.py::test_an_evaluation_takes_its_batch_classes_and_prompts",
     "eval.minibatch": "tests/settings/test_behaviour.py::test_an_evaluation_takes_its_batch_classes_and_prompts",
     "checkpoint.every_steps": "tests/settings/test_behaviour.py::test_a_run_writes_at_the_steps_that_its_settings_name",
-    "checkpoint.every_minutes": "tests/train/test_restart.py::test_minutes_make_a_checkpoint_due",
+    "checkpoint.every_minutes": "tests/settings/test_reach.py::"
+    "test_minutes_between_checkpoints_are_of_60_seconds_on_the_clock_of_rank_0",
     "checkpoint.keep": "tests/checkpoint/test_saver.py::test_only_what_the_settings_ask_for_is_kept",
     "checkpoint.keep_every": "tests/checkpoint/test_saver.py::test_only_what_the_settings_ask_for_is_kept",
     "checkpoint.read_back": "tests/checkpoint/test_saver.py::test_without_reading_back_nothing_counts_as_verified",

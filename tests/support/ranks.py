@@ -8,8 +8,8 @@
     def test_the_sum_reaches_every_rank(ranks2):
         assert ranks2.run(total, 10) == [21, 21]
 
-Ranks are forks of a server that has imported torch and has started no threads: a fork of the tests' own process would
-copy torch's thread pools in an unknown state, and a spawned one imports all again.
+Ranks are forks of a server that has imported torch and computed nothing: a fork of the tests' own process would copy
+torch's thread pools in an unknown state, and a spawned one imports all again.
 """
 
 from __future__ import annotations
