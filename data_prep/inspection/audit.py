@@ -305,7 +305,8 @@ def _checkpoint_faults(run_dir: Path, run: Run, manifests: Sequence[Manifest], l
         return [f"{states[-1]}: cannot be read: see limoe checkpoint verify {run_dir}"]
     faults = []
     if data != data_hash(run.data, manifests):
-        faults.append(f"{states[-1]}: the run was trained on other shards than {run.data.manifest} lists now")
+        here = f"{run.data.manifest} lists now, or in an older version of the data order"
+        faults.append(f"{states[-1]}: the run was trained on other shards than {here}")
     if step == last.step and position != last.end:
         faults.append(f"{states[-1]}: position {position} at step {step}, but the ledger has {last.end}")
     return faults
