@@ -121,6 +121,16 @@ def test_the_same_row_is_augmented_anew_in_each_epoch(clean: Path) -> None:
     assert not torch.equal(images[0], images[again])
 
 
+def test_no_batch_is_lost_while_a_step_takes_its_time(clean: Path) -> None:
+    with a_loader(a_run(prefetch=1), clean) as loader:
+        steps = []
+        for batch in loader:
+            steps.append(batch.step)
+            # Longer than the thread waits for room in the queue.
+            time.sleep(0.15)
+    assert steps == [0, 1, 2, 3]
+
+
 def test_a_run_that_resumes_reads_what_it_would_have_read(clean: Path) -> None:
     whole = batches(a_run(), clean)
     resumed = batches(a_run(), clean, first_step=2)
