@@ -46,6 +46,8 @@ def ranks4(ranks_pool: Callable[[int], RanksPool]) -> RanksPool:
     return ranks_pool(4)
 
 
+# Before pytest-xdist's own, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist a file stays on one worker, and so do all tests that share the pools of ranks.
 

@@ -83,7 +83,8 @@ def gradient_errors() -> dict[str, Any]:
             layout = found[f"{ranks} rank{'s' if ranks > 1 else ''}, ep={ep}"] = {}
             for dtype, wanted in WANTED.items():
                 run = microbatched(small_run(dtype), BATCH // ranks // PARTS)
-                layout[dtype] = worst_of(pool.run(compare_with_whole_batch, run, 1, ep)) | {"wanted": wanted}
+                answers = [errors for (errors,) in pool.run(compare_with_whole_batch, [run], 1, ep)]
+                layout[dtype] = worst_of(answers) | {"wanted": wanted}
         finally:
             pool.close()
     return found

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import numpy as np
@@ -359,9 +360,12 @@ def test_fewer_than_sixteen_bad_rows_never_stop_a_run(tmp_path: Path) -> None:
 
 
 def test_closing_early_ends_the_thread_and_the_iteration(clean: Path) -> None:
-    loader = a_loader(a_run(steps=1000), clean)
+    loader = a_loader(a_run(steps=1000, prefetch=2), clean)
     assert next(loader).step == 0
-    loader.close()
+    with mock.patch.object(loader, "_prepare", wraps=loader._prepare) as prepare:
+        loader.close()
+    # The one that a thread in the midst of its loop may still begin.
+    assert prepare.call_count <= 1
     assert not loader._thread.is_alive()
     with pytest.raises(StopIteration):
         next(loader)

@@ -22,6 +22,7 @@ from limoe_dist.data.mixture import (
     described,
     entries_of,
     files_of,
+    manifest_file,
     with_home,
 )
 from limoe_dist.data.order import SourceOrder, pairs_before, position_of, rank_positions, row_at
@@ -249,6 +250,12 @@ def test_all_bad_entries_are_named_at_once() -> None:
     with pytest.raises(UserError) as caught:
         entries_of(mixed("a", "b=0", "c=x"))
     assert len(str(caught.value).splitlines()) == 3
+    with pytest.raises(UserError, match='"a=0" has the weight 0'):
+        entries_of(mixed("a=1", "a=0"))
+
+
+def test_a_manifest_behind_a_url_is_named_by_it() -> None:
+    assert manifest_file("https://example.com/a/../train/") == "https://example.com/a/../train/manifest.json"
 
 
 def test_a_folder_and_its_manifest_are_the_same_source(tmp_path: Path) -> None:

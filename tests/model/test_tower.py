@@ -7,11 +7,17 @@ import torch
 
 from limoe_dist.config.presets import preset
 from limoe_dist.model.moe_layer import EVALUATION, RoutingMode
-from limoe_dist.model.tower import build_model
+from limoe_dist.model.tower import build_model, uses_bf16
 from limoe_dist.parallel.mesh import Mesh
 from tests.support.cases import batch, perturbed_model, small_run
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("device", "dtypes"), [("cpu", {"bf16"}), ("cuda", {"bf16", "auto"})])
+def test_bf16_is_what_a_gpu_computes_in_unless_asked_otherwise(device: str, dtypes: set[str]) -> None:
+    every = ("auto", "bf16", "fp32", "fp64")
+    assert {each for each in every if uses_bf16(small_run(each), torch.device(device))} == dtypes
 
 
 # Totals with E = 32; H/14's are the paper's own (section 3.2): 5.6 B, 675 M a token, routers below 0.5 M.

@@ -201,19 +201,25 @@ def test_microbatches_and_recompute_have_the_gradient_of_the_whole_batch(
     ranks2: RanksPool, tp: int, ep: int, dtype: str, tolerance: float
 ) -> None:
     # 8 pairs a rank: 4 microbatches of one routing group, or 2 of two.
-    for run in (
-        microbatched(small_run(dtype), 2),
-        microbatched(small_run(dtype), 4, recompute=True, chunk=5),
-        microbatched(small_run(dtype), 0, recompute=True),
-    ):
-        name, error = largest(ranks2.run(compare_with_whole_batch, run, tp, ep))
+    small = small_run(dtype)
+    runs = [
+        microbatched(small, 2),
+        microbatched(small, 4, recompute=True, chunk=5),
+        microbatched(small, 0, recompute=True),
+    ]
+    for answers in zip(*ranks2.run(compare_with_whole_batch, runs, tp, ep), strict=True):
+        name, error = largest(list(answers))
         assert error < tolerance, name
 
 
-def compare_with_whole_batch(run: Run, tp: int, ep: int) -> dict[str, float]:
-    """On a rank: the undivided gradient in the same layout is the reference."""
+def compare_with_whole_batch(runs: list[Run], tp: int, ep: int) -> list[dict[str, float]]:
+    """On a rank: the errors of each run; the undivided gradient of the first in the same layout is the reference."""
     mesh = Mesh.build(tp=tp, ep=ep)
-    found, wanted = gradients(run, mesh, "pairs"), gradients(microbatched(run, 0), mesh, "pairs")
+    wanted = gradients(microbatched(runs[0], 0), mesh, "pairs")
+    return [errors_of(gradients(run, mesh, "pairs"), wanted) for run in runs]
+
+
+def errors_of(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
     assert found["kept"] == wanted["kept"]
     errors = {name: abs(found["losses"][name] - value) for name, value in wanted["losses"].items()}
     everywhere = max(part.tensor.abs().max().item() for part in wanted["gradients"].values() if part.tensor.numel())
@@ -241,7 +247,15 @@ def test_a_replay_follows_the_stored_routes_whatever_the_router_says_now() -> No
 
 
 def losses_of_training(run: Run, tp: int, ep: int) -> list[float]:
-    mesh = Mesh.build(tp=tp, ep=ep) if tp else Mesh.single()
+    return losses_on(Mesh.build(tp=tp, ep=ep), run)
+
+
+@functools.cache
+def losses_of_one_process(run: Run) -> list[float]:
+    return losses_on(Mesh.single(), run)
+
+
+def losses_on(mesh: Mesh, run: Run) -> list[float]:
     model = perturbed_model(run, mesh)
     engine = NativeEngine(model, run, mesh)
     losses = []
@@ -259,7 +273,7 @@ def test_20_steps_on_2_ranks_lose_what_one_process_loses(
 ) -> None:
     run = small_run(dtype, steps=20)
     run = run.model_copy(update={"optim": run.optim.model_copy(update={"name": optimizer})})
-    alone = losses_of_training(run, 0, 0)
+    alone = losses_of_one_process(run)
     for losses in ranks2.run(losses_of_training, run, tp, ep):
         assert max(abs(a - b) for a, b in zip(losses, alone, strict=True)) < TOLERANCE[dtype]
     assert alone[-1] < alone[0]

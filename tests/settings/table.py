@@ -192,10 +192,9 @@ TESTS = {
     "parallel.timeout_s": "tests/ranks/test_start.py::"
     "test_a_hang_is_told_with_what_each_rank_was_in_and_where_the_missing_one_stood",
     "parallel.threads": "tests/settings/test_behaviour.py::test_a_rank_computes_with_the_threads_of_its_settings",
-    "train.init_from": "tests/launch/test_train_command.py::"
-    "test_a_run_goes_on_on_other_ranks_and_its_weights_begin_another",
-    "train.stop_grace_s": "tests/launch/test_train_command.py::"
-    "test_a_grace_shorter_than_the_save_kills_it_and_leaves_no_checkpoint",
+    "train.init_from": "tests/settings/test_reach.py::test_a_new_run_takes_the_weights_that_the_settings_name",
+    "train.stop_grace_s": "tests/settings/test_reach.py::"
+    "test_ranks_of_this_machine_are_started_with_the_threads_and_the_grace_of_the_settings",
     "eval.every_steps": "tests/settings/test_behaviour.py::test_a_run_writes_at_the_steps_that_its_settings_name",
     "eval.batch_pairs": "tests/settings/test_behaviour.py::test_an_evaluation_takes_its_batch_classes_and_prompts",
     "eval.classes": "tests/settings/test_behaviour.py::test_an_evaluation_takes_its_batch_classes_and_prompts",

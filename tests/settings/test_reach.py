@@ -101,6 +101,17 @@ def test_decoders_of_an_evaluation_and_their_resize_have_the_threads_of_the_sett
     assert pool.call_args.args == (3,)
 
 
+def test_a_new_run_takes_the_weights_that_the_settings_name(tmp_path: Path) -> None:
+    for place, taken in (("", []), (str(tmp_path), [tmp_path])):
+        state = mock.Mock(run=Run(train=Train(init_from=place)), mesh=Mesh.single(), device=CPU)
+        state.engine.shards.return_value = {"model/head": 1, "adamw/head": 2}
+        with mock.patch.object(restart, "take_weights") as take_weights:
+            Restart.initialise(state)
+        # The moments begin anew.
+        assert [call.args[:2] for call in take_weights.call_args_list] == [(one, {"model/head": 1}) for one in taken]
+        assert state.engine.adopt.call_count == len(taken)
+
+
 @contextmanager
 def started(parallel: Parallel) -> Iterator[tuple[mock.Mock, mock.Mock]]:
     """A rank of two that has started, without the other: what was called to meet it, and to watch over both."""
@@ -160,20 +171,26 @@ def batches_of(run: Run, data: Path, *, rank: int = 0, world: int = 1) -> list[A
         return list(loader)
 
 
-def test_the_loader_reads_orders_and_augments_by_the_seed_and_ends_with_the_steps(data: Path) -> None:
-    augmented = {"image.flip": 0.5, "image.rotate_degrees": 30.0, "train.batch_pairs": 8, "train.steps": 3}
-    run = changed(run_on(data), augmented)
-    usual, other = batches_of(run, data), batches_of(changed(run, {"train.seed": 8}), data)
-    # An epoch of 24 rows: each once.
-    for found in (usual, other):
-        assert sorted(row for batch in found for row in batch.rows.tolist()) == list(range(24))
-    rows, other_rows = ([row for batch in found for row in batch.rows.tolist()] for found in (usual, other))
-    assert rows != other_rows
-    pictures, other_pictures = (
-        dict(zip(numbers, torch.cat([batch.images for batch in found]), strict=True))
-        for numbers, found in ((rows, usual), (other_rows, other))
+def test_the_loader_orders_by_the_seed_and_ends_with_the_steps(data: Path) -> None:
+    run = changed(run_on(data), {"train.batch_pairs": 8, "train.steps": 3})
+    rows, other = (
+        [row for batch in batches_of(each, data) for row in batch.rows.tolist()]
+        for each in (run, changed(run, {"train.seed": 8}))
     )
-    assert sum(torch.equal(pictures[row], other_pictures[row]) for row in range(24)) == 0
+    # An epoch of 24 rows: each once.
+    assert sorted(rows) == sorted(other) == list(range(24))
+    assert rows != other
+
+
+def test_the_loader_augments_by_the_seed(tmp_path: Path) -> None:
+    # One row, so that its order is the same with every seed.
+    data = write_shards(tmp_path / "train", rows=1, shards=1)
+    run = changed(run_on(data), {"image.rotate_degrees": 30.0, "train.batch_pairs": 8, "train.steps": 1})
+    (batch,), (same,), (other,) = (
+        batches_of(changed(run, {"train.seed": seed}), data) for seed in (run.train.seed, run.train.seed, 8)
+    )
+    assert torch.equal(batch.images, same.images)
+    assert not any(torch.equal(one, two) for one, two in zip(batch.images, other.images, strict=True))
 
 
 def test_a_mixture_is_read_by_its_weights_and_spelled_by_the_manifest_of_the_settings(
@@ -245,7 +262,10 @@ def test_what_a_run_writes_reads_ahead_and_watches_for_changes_no_loss(data: Pat
         "log.tensorboard": False,
         "log.straggler_factor": 1.0,
         "parallel.overlap": False,
+        "parallel.kernels": "torch",
     }
-    for name, run in (("usual", usual), ("busy", changed(usual, busy))):
-        train(run, tmp_path / name, mesh=Mesh.single(), device=CPU, resume=False)
+    with mock.patch.object(apex, "check", wraps=apex.check) as check:
+        for name, run in (("usual", usual), ("busy", changed(usual, busy))):
+            train(run, tmp_path / name, mesh=Mesh.single(), device=CPU, resume=False)
+    assert [call.args[0] for call in check.call_args_list] == ["auto", "torch"]
     assert losses(tmp_path / "busy") == losses(tmp_path / "usual")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from limoe_dist.train.parity.along import Followed, Stage, follow_reference
 from limoe_dist.train.parity.case import Case
 from limoe_dist.train.parity.routes import UNEXPLAINED, Decision, Flips
 from tests.support.cases import small_run
+from tests.support.ranks import RanksPool
 
 RUN = small_run("fp64")
 BLOCKS = (1, 3)
@@ -112,6 +114,31 @@ def test_decisions_that_rounding_explains_are_forced_one_after_the_other(monkeyp
     assert followed.flips[1, 1].margin == pytest.approx(5e-7, rel=1e-6)
     last = followed.trial.passes
     assert all(last[n].decisions[block].equals(found.wanted[n, block]) for n, block in found.wanted)
+
+
+def flips_on_a_rank() -> dict[Spot, Flips]:
+    """On one of 2 ranks: those of its groups and of the other's. A token moved on rank 0, and two on rank 1."""
+    mesh, half = Mesh.build(tp=1, ep=1), GROUPS // 2
+    mine = slice(mesh.rank * half, (mesh.rank + 1) * half)
+    moved = decision(moved=[(0, 2), (half, 0), (half, 1)])
+    own = Decision(moved.expert_GSK[mine], moved.kept_GSK[mine])
+
+    def run_trial(*_: Any, forced: Any, **__: Any) -> Any:
+        decided = SimpleNamespace(decisions={1: forced[0].get(1, own)}, gates={1: gates(0.3)[mine]})
+        return SimpleNamespace(passes=[decided])
+
+    of_all = torch.cat([gates(1e-8)[:half], gates(5e-7)[half:]])
+    wanted: Any = SimpleNamespace(passes=[SimpleNamespace(decisions={1: decision()}, gates={1: of_all})])
+    stage = Stage(Case(RUN), ("pairs",), wanted if mesh.rank == 0 else None, mesh, torch.device("cpu"))
+    with mock.patch.object(along, "run_trial", run_trial):
+        return follow_reference(stage, nullcontext, limit=LIMIT).flips
+
+
+def test_flips_of_all_ranks_count_and_the_widest_margin_of_any(ranks2: RanksPool) -> None:
+    for flips in ranks2.run(flips_on_a_rank):
+        assert list(flips) == [(0, 1)]
+        assert (flips[0, 1].choices, flips[0, 1].slots) == (3, 0)
+        assert flips[0, 1].margin == pytest.approx(5e-7, rel=1e-6)
 
 
 def test_the_tokens_that_count_are_those_of_the_batch_of_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:

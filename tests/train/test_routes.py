@@ -110,9 +110,9 @@ def test_a_choice_that_moves_pushes_only_in_the_queue_of_its_own_group(flipped: 
         assert judged(first_expert, lost=True) == Flips(choices=1, slots=2, margin=UNEXPLAINED)
 
 
-@pytest.mark.parametrize(("blocks", "skews"), [((), [0.0]), ((1,), None)])
-def test_a_dense_model_needs_no_skew(
-    blocks: tuple[int, ...], skews: list[float] | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("blocks", "skews"), [((), [0.0]), ((1,), [0.0, 0.5, 1.0, 2.0, 4.0, 8.0])])
+def test_a_router_is_skewed_until_tokens_are_dropped_and_a_dense_model_has_none(
+    blocks: tuple[int, ...], skews: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
 
@@ -124,5 +124,5 @@ def test_a_dense_model_needs_no_skew(
     monkeypatch.setattr(compare, "dropped_frac", lambda one, mesh: 0.0 if blocks else pytest.fail("no MoE block"))
     run = RUN.model_copy(update={"moe": RUN.moe.model_copy(update={"blocks": blocks})})
     skew, _ = compare._skewed_enough(run, Mesh.single(), torch.device("cpu"))
-    assert tried == (list(compare.SKEWS) if skews is None else skews)
+    assert tried == skews
     assert skew == tried[-1]
