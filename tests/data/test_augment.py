@@ -3,8 +3,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 
 from limoe_dist.config.schema import Image
+from limoe_dist.data import augment
 from limoe_dist.data.augment import augment_params, caption_index, crop_with_pixels, identity_params
 
 POSITIONS = np.arange(4000)
@@ -59,6 +61,12 @@ def test_a_crop_of_less_than_a_pixel_is_widened_to_one() -> None:
     anchor, shape = crop_with_pixels(anchor, shape, np.array([4, 1, 100]))
     np.testing.assert_allclose(shape, [[0.2525, 0.5], [1, 1], [0.5, 0.5]])
     np.testing.assert_allclose(anchor, [[0.7475, 0.5], [0, 0], [0.5, 0.25]], rtol=1e-6)
+
+
+def test_a_picture_is_flipped_below_the_setting_and_not_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for drawn, flipped in ((0.25, 0), (np.nextafter(0.25, 0), 1)):
+        monkeypatch.setattr(augment, "uniforms", lambda at, *, seed, draws, u=drawn: np.full((draws, len(at)), u))
+        assert augment_params(POSITIONS[:1], ALL, seed=0).mirror.tolist() == [flipped]
 
 
 def test_about_a_quarter_is_flipped() -> None:

@@ -193,6 +193,12 @@ def test_blocks_of_neighbouring_shards_stay_together() -> None:
     assert len({tuple(shards) for shards in turns}) == 4
 
 
+@pytest.mark.parametrize("window", [0, 30, 31])
+def test_without_windows_every_shard_is_wanted_at_any_time(window: int) -> None:
+    order = SourceOrder((10, 10, 10), seed=3, window_rows=window)
+    assert [order.shards_from(sample) for sample in (0, 29, 75)] == [[0, 1, 2]] * 3
+
+
 @given(shards=some_shards, window=st.integers(1, 60), sample=st.integers(0, 500))
 def test_the_shards_ahead_are_those_that_are_read_next(shards: list[int], window: int, sample: int) -> None:
     order = SourceOrder(tuple(shards), seed=11, window_rows=window)

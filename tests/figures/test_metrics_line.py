@@ -18,7 +18,7 @@ from limoe_dist.parallel.mesh import Axis, Mesh
 from limoe_dist.parallel.traffic import Traffic
 from limoe_dist.train import heartbeat, metrics
 from limoe_dist.train.heartbeat import Heartbeat
-from limoe_dist.train.metrics import Log, Window, peak_memory
+from limoe_dist.train.metrics import Log, Window, peak_memory, success
 from limoe_dist.train.step import Losses, StepResult
 from tests.support.ranks import RanksPool
 
@@ -295,6 +295,15 @@ def test_files_and_tensorboard_hold_the_numbers_of_the_line(clock: Clock, tmp_pa
     assert shown == pytest.approx(numbers, rel=1e-12)
     assert board.points[-1] == ("evaluation/zeroshot/top1", 0.25, 41)
     assert len(board.points) == len(numbers) + 1
+
+
+@pytest.mark.parametrize(
+    ("rates", "lowest"),
+    [([0.5, 0.75], 0.5), ([0.75, None, 0.5], 0.5), ([None, 0.25], 0.25), ([None, None], None), ([], None)],
+)
+def test_success_is_the_lowest_of_the_blocks_that_have_one(rates: list[float | None], lowest: float | None) -> None:
+    figures = {"blocks": {str(block): {"success_text": rate, "success_image": 0.1} for block, rate in enumerate(rates)}}
+    assert success(figures, "text") == lowest
 
 
 HOSTS = ["n1", "n1", "n2", "n3"]

@@ -26,6 +26,12 @@ def test_a_key_is_the_same_on_every_machine() -> None:
     assert values == pytest.approx([0.4988858904, 0.4581311899, 0.5383267664], abs=1e-9)
 
 
+def test_a_key_counts_modulo_2_64() -> None:
+    for same, stream in ((2**64 + 5, 5), (-1, 2**64 - 1)):
+        one, other = (counter_rng.uniform(number, 4, device=CPU, dtype=F64) for number in (same, stream))
+        assert torch.equal(one, other)
+
+
 def test_a_member_of_many_streams_is_the_stream_alone() -> None:
     stream = counter_rng.key("noise", 3)
     groups = torch.arange(10, 14)

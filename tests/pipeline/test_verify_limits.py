@@ -480,6 +480,19 @@ def test_the_case_is_made_hard_until_a_twentieth_is_dropped_and_the_gradient_is_
     assert facts.MIN_DROPPED_FRAC == 0.05
 
 
+@pytest.mark.parametrize(("precision", "pairs"), [("fp64", 0), ("fp32", 8), ("bf16", 8)])
+def test_the_reference_takes_the_whole_batch_at_once_in_fp64_and_a_ranks_pairs_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, precision: str, pairs: int
+) -> None:
+    seen: list[tuple[Case, tuple[str, ...], Mesh]] = []
+    monkeypatch.setattr(compare, "run_trial", lambda case, batches, *, mesh, device: seen.append((case, batches, mesh)))
+    # 16 pairs on two ranks.
+    two: Any = SimpleNamespace(rank=0, world=SimpleNamespace(size=2))
+    compare._one_process(Case(small_run(precision)), ("pairs", "texts"), two, CPU)
+    ((case, batches, mesh),) = seen
+    assert (case.run.train.microbatch_pairs, batches, mesh.world.size) == (pairs, ("pairs", "texts"), 1)
+
+
 def test_a_comparison_takes_the_tolerance_of_its_precision_and_all_four_batches(
     monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from limoe_dist.config.schema import Run
+from limoe_dist.equations import aux_losses
 from limoe_dist.model.moe_layer import Routes
 from limoe_dist.optim.native import NativeEngine
 from limoe_dist.parallel.collectives import sum_over
@@ -229,6 +231,16 @@ def errors_of(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]
             difference = (found["gradients"][name].tensor - part.tensor).abs().max().item()
             errors[name] = difference / max(largest_one, 1e-6 * everywhere)
     return errors
+
+
+def test_auxiliary_losses_are_computed_where_their_gradient_is_and_not_where_a_pass_only_embeds() -> None:
+    run, mesh = microbatched(small_run("fp64"), 4), Mesh.single()
+    model = perturbed_model(run, mesh)
+    engine = NativeEngine(model, run, mesh)
+    with mock.patch.object(aux_losses, "z_loss", wraps=aux_losses.z_loss) as z_loss:
+        backward(model, engine, examples_of(mesh, run, step=0), step=0, run=run, mesh=mesh)
+    # 4 microbatches of 2 MoE blocks.
+    assert z_loss.call_count == 8
 
 
 def test_a_replay_follows_the_stored_routes_whatever_the_router_says_now() -> None:

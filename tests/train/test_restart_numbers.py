@@ -5,17 +5,21 @@ A `Restart` without a model: batches of 10 pairs, and where a checkpoint is need
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Checkpoint, Run, Train
 from limoe_dist.parallel.mesh import Axis, Mesh
 from limoe_dist.train import restart as module
+from limoe_dist.train.preemption import StopFlag
 from limoe_dist.train.restart import Restart
 
 CPU = torch.device("cpu")
@@ -132,6 +136,9 @@ def test_lines_of_positions_follow_each_other_and_name_what_is_quarantined_insid
     assert run._line(6, 7, 62) == {"step": 7, "from_step": 6, "first": 60, "end": 62, "quarantined": [(60, 62)]}
     assert run._line(7, 8, 80)["quarantined"] == [(62, 65)]
     assert run._line(8, 9, 90) == {"step": 9, "from_step": 8, "first": 80, "end": 90}
+    # What ends where a line begins is not inside.
+    run.quarantined = ((85, 90),)
+    assert run._line(9, 10, 100) == {"step": 10, "from_step": 9, "first": 90, "end": 100}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +195,48 @@ def test_a_save_is_due_when_the_minutes_have_passed_on_rank_0(
     )
     clock.now += elapsed_s
     assert run.due_by_the_clock() is due
+
+
+def test_checkpoints_that_were_passed_by_are_put_aside_and_told_by_rank_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.catalog, "set_aside", lambda folder: f"{folder}.aside")
+    monkeypatch.setattr(module, "all_or_none", lambda *_: nullcontext())
+    for rank, told in ((0, ["put aside: a.aside", "put aside: b.aside"]), (1, [])):
+        mesh: Any = SimpleNamespace(rank=rank, world=None)
+        run, found = restart(tmp_path, mesh=mesh), list[str]()
+        run._passed, run._tell = [Path("a"), Path("b")], found.append
+        run._put_aside()
+        assert found == told
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_saves_ask_whose_the_directory_is_and_heed_a_signal(
+    owned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = mock.Mock()
+    monkeypatch.setattr(module, "Saver", opened)
+    run, stop, tell = restart(tmp_path), StopFlag(), mock.Mock()
+    run.engine, claim = mock.Mock(), mock.Mock()
+    run.open_saver(claim if owned else None, stop, tell)
+    given = opened.call_args
+    assert given.args == (tmp_path, run.engine.shards(), RUN.checkpoint, run.mesh, CPU)
+    assert given.kwargs["check_owner"] is (claim.check if owned else module._nobody_asks)
+    assert given.kwargs["tell"] is tell
+    assert not given.kwargs["stopped"]()
+    stop._received = 15
+    assert given.kwargs["stopped"]()
+
+
+@pytest.mark.parametrize("hurry", [True, False])
+def test_the_last_save_is_read_back_where_there_is_time(hurry: bool, tmp_path: Path) -> None:
+    run = restart(tmp_path)
+    run.saver = mock.Mock(failure="")
+    run.finish(hurry=hurry)
+    assert run.saver.finish.call_args == mock.call(read_back=not hurry)
+    run.saver.failure, run.saver.failed_by = "the disk is full", None
+    with pytest.raises(UserError, match="the disk is full; older checkpoints stand"):
+        run.finish(hurry=hurry)
 
 
 @pytest.mark.parametrize(("before", "note"), [(None, ""), (10, ""), (20, "train.batch_pairs=10, where the checkpoint")])
