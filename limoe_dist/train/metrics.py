@@ -111,8 +111,10 @@ class Window:
                 asked = sum(pair[modality] for pair in routed)
                 block[f"success_{name}"] = sum(pair[modality] for pair in kept) / asked if asked else None
                 block[f"entropy_{name}"] = entropy[modality] / tokens[modality] if tokens[modality] else None
-                # An expert is in use where it gets at least half of an even share of the modality's tokens.
-                block[f"experts_{name}"] = sum(pair[modality] * experts >= asked / 2 > 0 for pair in routed)
+                # An expert is in use where it gets at least half of an even share of the modality's tokens. In counts:
+                # among means over steps rounding would decide about exactly half.
+                counts = [round(pair[modality] * self.steps) for pair in routed]
+                block[f"experts_{name}"] = sum(2 * count * experts >= sum(counts) > 0 for count in counts)
             block["kept"] = kept
             blocks[str(index)] = block
         means = {f"aux_{n}": sum(b[n] for b in blocks.values()) / len(blocks) for n in AUX_LOSSES} if blocks else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -225,6 +226,19 @@ def test_the_next_line_holds_its_own_steps_and_begins_its_clock_at_the_last_summ
     block = found["blocks"]["1"]
     assert (block["importance"], block["success_image"]) == pytest.approx((3.0, 10 / 14))
     assert block["entropy_image"] == pytest.approx(3 / 18)
+
+
+def test_an_expert_with_exactly_half_an_even_share_is_in_use_whatever_the_number_of_steps() -> None:
+    # Of 16 tokens 2: a mean over 3 steps makes 2 / 3 * 4 less than 16 / 3 / 2.
+    routed = f64([2, 1], [5, 5], [6, 5], [3, 5])
+    run = RUN.model_copy(update={"moe": RUN.moe.model_copy(update={"num_experts": 4, "blocks": (1,)})})
+    window = Window(run, Mesh.single(), CPU)
+    nothing = record([], 0 * routed, 0 * routed, f64(0, 0), f64(0, 0))
+    for each in (record([], routed, routed, f64(0, 0), f64(16, 16)), nothing, nothing):
+        losses = Losses(f64(0)[0], f64(0)[0], f64(0, 0), {1: each})
+        window.add(dataclasses.replace(results()[0], losses=losses))
+    block = window.summary(step=3, scale=f64(1)[0])["blocks"]["1"]
+    assert (block["experts_image"], block["experts_text"]) == (4, 3)
 
 
 @pytest.mark.parametrize(("absent", "present"), [("image", "text"), ("text", "image")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -146,3 +148,13 @@ def test_initial_values_are_the_same_in_every_layout_and_differ_between_experts(
     # Glorot: uniform in +-sqrt(6 / (32 + 64)) = +-0.25, so the standard deviation is 0.25 / sqrt(3) = 0.144.
     assert up.abs().max() <= 0.25
     assert up.detach().std().item() == pytest.approx(0.144, rel=0.02)
+
+
+@pytest.mark.parametrize("towers", ["one", "two"])
+def test_the_temperature_begins_as_the_settings_say(towers: str) -> None:
+    run = small_run("fp64")
+    model = run.model.model_copy(update={"towers": towers, "init_temperature": 0.5})
+    moe = run.moe.model_copy(update={"blocks": ()}) if towers == "two" else run.moe
+    built = build_model(run.model_copy(update={"model": model, "moe": moe}), mesh=Mesh.single(), device=CPU)
+    assert built.log_scale.item() == pytest.approx(math.log(2), abs=1e-15)
+    assert built.scale.item() == pytest.approx(2, abs=1e-15)

@@ -7,7 +7,6 @@ adds all gates that a token may choose, a sum that is 1 for every token.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from limoe_dist.config.schema import Eval, Image, Model, Moe, Optim, Parallel, R
 from tests.oracle.step import Batch
 
 AUX_LOSSES = ("importance", "load", "z", "local_image", "local_text", "global_image", "global_text")
-VOCABULARY = 40
+VOCABULARY = 48
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def cases(draw: DrawFn, *, ranks: int = 1, steps: int = 3) -> Case:
     tp = draw(st.sampled_from([size for size in (1, 2, 4) if ranks % size == 0]))
     heads = tp * draw(st.integers(1, 2))
     width, depth = heads * draw(st.sampled_from([6, 4, 8])), draw(st.integers(1, 3))
-    two_towers = draw(st.sampled_from([False] * 7 + [True]))
+    dense, two_towers = draw(st.sampled_from([(False, False)] * 3 + [(True, False), (True, True)]))
     model = Model(
         width=width,
         depth=depth,
@@ -81,23 +80,23 @@ def cases(draw: DrawFn, *, ranks: int = 1, steps: int = 3) -> Case:
         length=draw(st.integers(2, 5)), vocab_size=VOCABULARY, pad=draw(st.sampled_from(["masked", "token", "masked"]))
     )
     group_pairs = draw(st.integers(1, 3))
-    blocks = () if two_towers else tuple(sorted(draw(st.sets(st.integers(0, depth - 1), min_size=1))))
+    blocks = () if dense else tuple(sorted(draw(st.sets(st.integers(0, depth - 1), min_size=1))))
     ep = draw(st.sampled_from([size for size in (1, 2, 4) if ranks % size == 0])) if blocks else 1
-    moe = Moe(blocks=blocks, group_pairs=group_pairs, **draw(_routing(ep, len(blocks))), **draw(_aux()))
+    tokens = group_pairs * ((image.size // patch) ** 2 + text.length)
+    moe = Moe(blocks=blocks, group_pairs=group_pairs, **draw(_routing(ep, len(blocks), tokens)), **draw(_aux()))
     moe = draw(_thresholds(moe))
-    pairs = ranks * group_pairs * draw(st.integers(1 if ranks * group_pairs > 1 else 2, 3))
+    pairs = ranks * group_pairs * draw(st.sampled_from([2, 4, 1, 3, 4]))
     if pairs < 2 * ranks:
         pairs *= 2
     optim = draw(_optim(steps))
     own = pairs // ranks
+    sizes = [size for size in range(1, own) if own % size == 0 and size % group_pairs == 0]
     train = Train(
         steps=steps + optim.timescale,
         batch_pairs=pairs,
         seed=draw(st.sampled_from([0, 5, 2**40])),
         dtype="fp64",
-        microbatch_pairs=draw(
-            st.sampled_from([0, *(size for size in range(1, own) if own % size == 0 and size % group_pairs == 0)])
-        ),
+        microbatch_pairs=draw(st.sampled_from([0, *sizes, *sizes[-1:]])),
         recompute=draw(st.booleans()),
         contrastive_chunk=draw(st.sampled_from([0, 1, 3])),
     )
@@ -116,34 +115,35 @@ def cases(draw: DrawFn, *, ranks: int = 1, steps: int = 3) -> Case:
     )
     rules.check(run, world=ranks)
     kinds = st.sampled_from(["pairs", "pairs", "images", "texts"])
-    given = ("pairs", *(draw(kinds) for _ in range(steps - 1)))
-    return Case(run=run, seed=draw(st.integers(0, 2**20)), given=given)
+    return Case(run=run, seed=draw(st.integers(0, 2**20)), given=tuple(draw(kinds) for _ in range(steps)))
 
 
 @st.composite
-def _routing(draw: DrawFn, ep: int, num_blocks: int) -> dict[str, Any]:
-    """Experts, their pools, who chooses how many of them, and who gets a slot."""
-    experts = draw(st.sampled_from([size for size in (2, 3, 4, 5, 8) if size % ep == 0]))
-    pool = draw(st.sampled_from([0, 0, max(1, experts // 2)])) if experts > 2 else 0
+def _routing(draw: DrawFn, ep: int, num_blocks: int, tokens: int) -> dict[str, Any]:
+    """Experts, their pools, who chooses how many of them, and who gets a slot; an expert has one slot at least."""
+    experts = draw(st.sampled_from([size for size in (2, 3, 4, 5, 8) if size % ep == 0 and size <= tokens]))
+    pool = draw(st.sampled_from([max(1, experts // 2), 0, 0])) if experts > 2 else 0
     kept: tuple[str, ...] = ()
     choosable = min(pool, experts - pool) if pool else experts
-    if ep == 1 and not pool and experts > 3 and draw(st.booleans()):
+    if ep == 1 and not pool and experts > 3 and draw(st.sampled_from([True, True, False])):
         kept = tuple(
             " ".join(map(str, sorted(draw(st.sets(st.integers(0, experts - 1), min_size=2)))))
             for _ in range(num_blocks)
         )
         choosable = min([experts, *(len(numbers.split()) for numbers in kept)])
     top_k = draw(st.integers(1, min(3, choosable)))
-    priority = draw(st.sampled_from(["max", "sum"])) if top_k < choosable else "max"
+    priority = draw(st.sampled_from(["sum", "max"])) if top_k < choosable else "max"
     eval_capacity = draw(st.sampled_from(["full", "paper"]))
+    factors = [factor for factor in (1.0, 0.7, 1.3) if tokens * top_k * factor >= experts]
+    eval_factors = [0.0, *(factor for factor in (0.8, 1.5) if tokens * top_k * factor >= experts)]
     return {
         "num_experts": experts,
         "top_k": top_k,
-        "capacity_factor": draw(st.sampled_from([1.0, 0.7, 1.3])),
+        "capacity_factor": draw(st.sampled_from(factors)),
         "capacity_multiple": draw(st.sampled_from([1, 2, 4])),
         "eval_capacity": eval_capacity,
-        "eval_capacity_factor": draw(st.sampled_from([0.0, 0.8, 1.5])) if eval_capacity == "paper" else 0.0,
-        "order": draw(st.sampled_from(["priority", "priority", "images_first", "text_first", "random"])),
+        "eval_capacity_factor": draw(st.sampled_from(eval_factors)) if eval_capacity == "paper" else 0.0,
+        "order": draw(st.sampled_from(["priority", "images_first", "priority", "text_first", "priority", "random"])),
         "priority": priority,
         "routers": draw(st.sampled_from(["shared", "per_modality"])),
         "image_experts": pool,
@@ -168,7 +168,7 @@ def _thresholds(draw: DrawFn, moe: Moe) -> Moe:
     """Thresholds that can be met, and a load loss only where there is noise."""
     pool = moe.image_experts
     most = {"image": pool or moe.num_experts, "text": moe.num_experts - pool}
-    share = st.sampled_from([0.95, 0.8, 1.0])
+    share = st.sampled_from([0.95, 0.3, 0.8, 1.0])
     update: dict[str, Any] = {f"min_{name}_experts": max(1.0, draw(share) * most[name]) for name in most}
     if moe.noise_std == 0:
         update["load"] = 0.0
@@ -193,6 +193,6 @@ def _optim(draw: DrawFn, steps: int) -> Optim:
         clip_norm=draw(st.sampled_from([0.1, 1.0, 1e6])),
         warmup_steps=warmup,
         timescale=timescale,
-        # Long enough to reach the steps that are taken, which are the first of `steps + timescale`.
-        cooldown_steps=draw(st.sampled_from([0, 1, timescale + math.ceil((steps - warmup) / 2)])),
+        # All that warm-up leaves of `steps + timescale`: it lowers the rate of the step after the peak, and on.
+        cooldown_steps=draw(st.sampled_from([0, timescale + steps - warmup])),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -43,19 +44,60 @@ ELSEWHERE = {
 pixels, the size of a table, other engines, and files."""
 
 
-@settings(max_examples=200, phases=(Phase.generate,))
-@given(case=cases())
-def draw(case: Case, seen: dict[str, set[Any]]) -> None:
-    for section in ("model", "image", "text", "moe", "optim", "train"):
-        for name, value in getattr(case.run, section):
-            if name not in ELSEWHERE.get(section, ()):
-                seen.setdefault(f"{section}.{name}", set()).add(value)
+class Seen:
+    """What the cases that were compared hold."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, set[Any]] = {}
+        """Of each setting that decides a step."""
+        self.facts: Counter[str] = Counter()
+        """Steps or cases in which something happened."""
+
+    def add(self, case: Case, results: list[StepResult]) -> None:
+        run, moe = case.run, case.run.moe
+        for section in ("model", "image", "text", "moe", "optim", "train"):
+            for name, value in getattr(run, section):
+                if name not in ELSEWHERE.get(section, ()):
+                    self.values.setdefault(f"{section}.{name}", set()).add(value)
+        own = run.train.microbatch_pairs
+        facts = {
+            "cases without experts": not moe.blocks and run.model.towers == "one",
+            "cases of two towers": run.model.towers == "two",
+            "cases of pruned experts": bool(moe.blocks and moe.kept_experts),
+            "cases of two pools": bool(moe.blocks and moe.image_experts),
+            "microbatches of several groups": own > moe.group_pairs,
+            "priorities that are sums": bool(moe.blocks)
+            and moe.top_k > 1
+            and (moe.order, moe.priority) == ("priority", "sum"),
+            "rates that cool down": 0 < run.optim.cooldown_steps > run.train.steps - len(results) + 1,
+        }
+        self.facts.update({name for name, met in facts.items() if met})
+        for result, kind in zip(results, case.given, strict=True):
+            self.facts[kind] += 1
+            self.facts["clipped" if result.grad_norm > run.optim.clip_norm else "not clipped"] += 1
+            blocks = result.forward.blocks.values()
+            self.facts["dropped tokens"] += any((b.kept_E2.sum(1) < b.routed_E2.sum(1)).any() for b in blocks)
+            self.facts["idle experts"] += any((b.routed_E2.sum(1) == 0).any() for b in blocks)
 
 
-def test_every_setting_that_decides_a_step_is_drawn_with_several_values() -> None:
-    seen: dict[str, set[Any]] = {}
-    draw(seen=seen)
-    assert [name for name, values in seen.items() if len(values) < 2] == []
+ALONE = {
+    "pairs": 30,
+    "images": 10,
+    "texts": 10,
+    "clipped": 20,
+    "not clipped": 20,
+    "dropped tokens": 20,
+    "idle experts": 5,
+    "cases without experts": 2,
+    "cases of two towers": 2,
+    "cases of pruned experts": 2,
+    "cases of two pools": 2,
+    "microbatches of several groups": 3,
+    "priorities that are sums": 2,
+    "rates that cool down": 3,
+}
+"""At least so often each of these is compared in one process."""
+ON_RANKS = {"pairs": 8, "images": 1, "texts": 1, "clipped": 3, "not clipped": 3, "dropped tokens": 4, "idle experts": 1}
 
 
 def starting_weights(case: Case) -> dict[str, np.ndarray]:
@@ -63,8 +105,8 @@ def starting_weights(case: Case) -> dict[str, np.ndarray]:
 
 
 # A failing case is printed as it is: shrinking it would train hundreds of others first.
-DRAWN = settings(max_examples=30, phases=(Phase.generate,))
-DRAWN_ON_RANKS = settings(max_examples=5, phases=(Phase.generate,))
+DRAWN = settings(max_examples=50, phases=(Phase.generate,))
+DRAWN_ON_RANKS = settings(max_examples=8, phases=(Phase.generate,))
 
 
 @DRAWN
@@ -102,23 +144,34 @@ def compare_blocks(found: Any, route: Any, wanted: Any, *, training: bool) -> No
 
 @DRAWN
 @given(case=cases())
-def test_three_steps_of_one_process_are_those_of_the_oracle(case: Case) -> None:
+def compare_alone(case: Case, seen: Seen) -> None:
     weights = starting_weights(case)
-    compare_training(case, weights, [product.trained(case.run.model_dump_json(), weights, case.batches())])
+    ranks = [product.trained(case.run.model_dump_json(), weights, case.batches())]
+    seen.add(case, compare_training(case, weights, ranks))
+
+
+def test_three_steps_of_one_process_are_those_of_the_oracle() -> None:
+    seen = Seen()
+    compare_alone(seen=seen)
+    assert [name for name, values in seen.values.items() if len(values) < 2] == []
+    assert {name: seen.facts[name] for name, least in ALONE.items() if seen.facts[name] < least} == {}
 
 
 @DRAWN_ON_RANKS
 @given(case=cases(ranks=4))
-def compare_on_ranks(case: Case, pool: RanksPool) -> None:
+def compare_on_ranks(case: Case, pool: RanksPool, seen: Seen) -> None:
     weights = starting_weights(case)
-    compare_training(case, weights, pool.run(product.trained, case.run.model_dump_json(), weights, case.batches()))
+    ranks = pool.run(product.trained, case.run.model_dump_json(), weights, case.batches())
+    seen.add(case, compare_training(case, weights, ranks))
 
 
 def test_three_steps_of_four_ranks_are_those_of_the_oracle(ranks4: RanksPool) -> None:
-    compare_on_ranks(pool=ranks4)
+    seen = Seen()
+    compare_on_ranks(pool=ranks4, seen=seen)
+    assert {name: seen.facts[name] for name, least in ON_RANKS.items() if seen.facts[name] < least} == {}
 
 
-def compare_training(case: Case, weights: dict[str, np.ndarray], ranks: list[product.Trained]) -> None:
+def compare_training(case: Case, weights: dict[str, np.ndarray], ranks: list[product.Trained]) -> list[StepResult]:
     trainer, results = Trainer(case.run, weights), []
     uncertain = {name: np.zeros_like(weight, dtype=bool) for name, weight in weights.items()}
     for number, batch in enumerate(case.batches()):
@@ -127,6 +180,7 @@ def compare_training(case: Case, weights: dict[str, np.ndarray], ranks: list[pro
         compare_steps([rank.steps[number] for rank in ranks], results[-1], uncertain)
     for rank in ranks:
         compare_lines(rank.line, log_line(case.run, results, results[-1].weights))
+    return results
 
 
 def compare_steps(ranks: list[product.Step], wanted: StepResult, uncertain: dict[str, np.ndarray]) -> None:

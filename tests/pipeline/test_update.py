@@ -129,6 +129,15 @@ def test_a_gradient_is_scaled_to_the_limit_only_where_its_norm_is_above(
     assert bias.tolist() == pytest.approx([0, -12 * scaled], rel=1e-12)
 
 
+def test_the_norm_of_float32_gradients_is_summed_in_float64() -> None:
+    model, engine = engine_of("fp32")
+    kernel, bias = [[1 / 3, 1e-4, 2e-3], [0.7, 1e-5, 0.1]], [1 / 7, 3e-4]
+    give(engine, (model.kernel, kernel), (model.bias, bias))
+    given = torch.cat([torch.tensor(kernel).flatten(), torch.tensor(bias)]).tolist()
+    squares = math.fsum(number * number for number in given)
+    assert engine.norm()[0].item() == pytest.approx(math.sqrt(squares), rel=1e-14)
+
+
 def test_a_norm_that_is_handed_in_is_the_one_that_clips() -> None:
     model, engine = engine_of(clip_norm=1.0)
     give(engine, (model.bias, [3.0, 4.0]))
