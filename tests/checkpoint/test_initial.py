@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from limoe_dist.checkpoint import initial
 from limoe_dist.checkpoint.initial import IMAGE, TEXT, Taken, take_weights
 from limoe_dist.config.errors import UserError
 from limoe_dist.config.schema import Run
@@ -94,6 +95,22 @@ def test_a_coarser_grid_averages_what_a_linear_ramp_makes_exact(tmp_path: Path) 
     coarse = mine[IMAGE].tensor.view(4, 4, -1)
     # In the middle, a ramp stays a ramp: coarse cell i is between fine cells 2 i and 2 i + 1.
     torch.testing.assert_close(coarse[1, 2, 0], torch.tensor(2.5 + 10 * 4.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "wanted"),
+    [
+        # A cell of the coarse grid weighs those of the fine one by a tent of twice its width: 3, 3, 1 of 7.
+        (TEXT, [7.0, 14.0, 28.0, 70.0], 2, [(21 + 42 + 28) / 7, (14 + 84 + 210) / 7]),
+        # Small grids are grids: rows and columns of 2 to 3.
+        (IMAGE, [0.0, 2.0, 4.0, 6.0], 9, [0.0, 1.0, 2.0, 2.0, 3.0, 4.0, 4.0, 5.0, 6.0]),
+        (IMAGE, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], 1, [4.0]),
+    ],
+)
+def test_positions_are_resized_by_tents(name: str, before: list[float], after: int, wanted: list[float]) -> None:
+    position_ND = torch.tensor(before, dtype=torch.float64)[:, None]
+    found = initial._resized(name, position_ND, after)
+    torch.testing.assert_close(found[:, 0], torch.tensor(wanted, dtype=torch.float64))
 
 
 def test_names_that_differ_are_listed_and_the_rest_is_taken(source: Path) -> None:

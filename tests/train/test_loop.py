@@ -11,6 +11,8 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,12 +22,13 @@ from limoe_dist.config.exit_codes import GUARDED
 from limoe_dist.config.parse import load_run
 from limoe_dist.config.schema import Checkpoint, Data, Eval, Guard, Log, Run
 from limoe_dist.parallel.mesh import Mesh
-from limoe_dist.train import metrics
+from limoe_dist.train import ledger, loop, metrics
 from limoe_dist.train.folder import Claim, Ended, begin, read_end
 from limoe_dist.train.loop import Outcome, train
 from limoe_dist.train.preemption import StopFlag
 from limoe_dist.train.restart import Restart
 from limoe_dist.train.training import Training
+from tests.ranks.test_guard import harmed
 from tests.support.ranks import RanksPool
 from tests.support.shards import write_shards
 from tests.train.small import CPU, alone, lines, losses, on_ranks, run_on
@@ -62,6 +65,25 @@ def test_one_process_trains_as_two_ranks_do(ranks2: RanksPool, tmp_path: Path, d
         # The same groups, the same pictures, the same noise; sums in another order: 1e-5 in float32.
         assert one[1] == pytest.approx(two[1], abs=1e-5)
         assert one[2] == pytest.approx(two[2], rel=1e-5)
+
+
+def test_a_batch_that_is_left_out_brings_no_second_evaluation_of_its_step(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_on(data)
+    # The batch behind step 4, after which the run is evaluated.
+    monkeypatch.setattr(Training, "try_step", harmed({4 * run.train.batch_pairs}, "nan"))
+    train(run, tmp_path, mesh=Mesh.single(), device=CPU, resume=False)
+    assert [event["step"] for event in ledger.read(tmp_path)] == [5]
+    assert [line["step"] for line in lines(tmp_path, "evaluations.jsonl")] == [4, 6]
+
+
+@pytest.mark.parametrize(("kind", "behind"), [("spike", 8), ("non_finite", 8), ("collapse", 7)])
+def test_a_rollback_passes_over_the_batch_of_its_event_and_none_that_was_not_read(kind: str, behind: int) -> None:
+    # After 7 steps a leap is of the batch of the eighth, and a collapse is seen at the line about the seventh.
+    training: Any = SimpleNamespace(restart=SimpleNamespace(step=7))
+    event: Any = SimpleNamespace(kind=kind)
+    assert loop._behind(training, event) == behind
 
 
 def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

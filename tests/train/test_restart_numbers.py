@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from limoe_dist.config.errors import UserError
-from limoe_dist.config.schema import Checkpoint, Run, Train
+from limoe_dist.config.schema import Checkpoint, Data, Run, Train
 from limoe_dist.parallel.mesh import Axis, Mesh
 from limoe_dist.train import restart as module
 from limoe_dist.train.preemption import StopFlag
@@ -52,6 +52,9 @@ def test_a_resumed_run_counts_on_from_the_pairs_of_its_checkpoint(tmp_path: Path
     run = resumed(tmp_path)
     assert (run.pairs, run.position) == (37, 40)
     run.step = 6
+    assert (run.pairs, run.position) == (57, 60)
+    # Counted in batches of now.
+    run._batch_before = 20
     assert (run.pairs, run.position) == (57, 60)
 
 
@@ -195,6 +198,34 @@ def test_a_save_is_due_when_the_minutes_have_passed_on_rank_0(
     )
     clock.now += elapsed_s
     assert run.due_by_the_clock() is due
+
+
+@pytest.mark.parametrize("mixture", [(), ("a=1", "b=2")])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({}, None),
+        ({"data": "0" * 64}, "other training shards"),
+        ({"tokenizer": "0" * 64}, "other vocabulary"),
+        ({"quarantined": ((30, 50),)}, "no run reads on there"),
+    ],
+)
+def test_a_checkpoint_of_other_data_or_of_an_impossible_position_is_refused(
+    change: dict[str, Any],
+    named: str | None,
+    mixture: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "changed_settings", lambda *_: [])
+    run = restart(tmp_path, run=RUN.model_copy(update={"data": Data(mixture=mixture)}))
+    monkeypatch.setattr(run, "_settings_of", lambda _: {})
+    run.inputs = SimpleNamespace(data_hash="d" * 64, tokenizer_hash="e" * 64)  # type: ignore[assignment]
+    saved = {"data": "d" * 64, "tokenizer": "e" * 64, "position": 40, "quarantined": ((5, 8),)} | change
+    reader: Any = SimpleNamespace(state=SimpleNamespace(**saved), checkpoint="step-00000004")
+    problems = run._differences(reader)
+    assert len(problems) == (named is not None)
+    assert not problems or named in problems[0]
 
 
 def test_checkpoints_that_were_passed_by_are_put_aside_and_told_by_rank_0(
