@@ -25,6 +25,8 @@ def test_an_expert_is_of_a_modality_from_90_percent_and_idle_up_to_5_percent_of_
     line = metrics_line(1, blocks=(1,))
     line["blocks"]["1"]["kept"] = [[90, 10], [89, 11], [5, 0], [6, 189]]
     assert [expert.kind for expert in expert_matrix(line)[0].experts] == ["image", "mixed", "idle", "text"]
+    line["blocks"]["1"]["kept"] = [[10, 90], [11, 89], [0, 5], [189, 6]]
+    assert [expert.kind for expert in expert_matrix(line)[0].experts] == ["text", "mixed", "idle", "image"]
 
 
 def test_a_block_without_tokens_divides_nothing_by_zero() -> None:

@@ -149,11 +149,14 @@ def test_mutual_information_has_a_finite_gradient_where_an_expert_is_never_used(
     assert logits_GSE.grad.isfinite().all()
 
 
-def test_local_entropy_of_two_choices_by_hand():
+def test_local_entropy_of_several_choices_by_hand():
     # Gates 1/2, 1/4, 1/4: H = 1.0397 nats, above log 2 by 0.3466; with 1/2 and 1/4 merged, H(3/4, 1/4) = 0.5623.
     logits_GSE = torch.tensor([[[0.5, 0.25, 0.25]]]).log()
     for form, expected in (("plain", 1.0397), ("above_log_k", 0.3466), ("merged", 0.5623)):
         assert local_entropy(logits_GSE, k=2, form=form).item() == pytest.approx(expected, abs=1e-4)
+    # Of 1/2, 1/4, 1/8, 1/8 three are merged: H(7/8, 1/8) = 0.3768.
+    logits_GSE = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]]).log()
+    assert local_entropy(logits_GSE, k=3, form="merged").item() == pytest.approx(0.3768, abs=1e-4)
     # A token that is sure of its two experts has nothing to mend in either form.
     logits_GSE = torch.tensor([[[0.0, 0.0, -1e30]]], requires_grad=True)
     for form in ("above_log_k", "merged"):

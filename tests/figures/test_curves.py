@@ -26,11 +26,12 @@ from limoe_dist.analysis.history import History, read_metrics
 from limoe_dist.analysis.plots import Line, Panel, Reference, alternative
 from limoe_dist.analysis.routing_plots import TextShares, image_shares_svg, ranks_svg, text_shares, text_shares_svg
 from limoe_dist.analysis.routing_record import RANK_BINS, BlockRouting, ExpertRouting, ModalityRouting, Ranks
-from limoe_dist.config.schema import Model, Moe, Optim, Run, Train
+from limoe_dist.config.schema import Eval, Model, Moe, Optim, Run, Train
 
 AUX = ("importance", "load", "z", "local_image", "local_text", "global_image", "global_text", "mutual_information")
 RUN = Run(
     train=Train(batch_pairs=64),
+    eval=Eval(batch_pairs=16),
     model=Model(depth=4),
     optim=Optim(clip_norm=1.75),
     moe=Moe(
@@ -112,6 +113,26 @@ def levels(notes: list[Note]) -> dict[str, dict[str, float]]:
         for note in notes
         if note.panel.references
     }
+
+
+@pytest.mark.parametrize(
+    ("norms", "scale"),
+    [
+        # 12 times the least, and twice the median: no step exploded.
+        ([1.0] + [6.0] * 18 + [12.0], "linear"),
+        ([6.0] * 19 + [60.0], "linear"),
+        ([6.0] * 19 + [60.1], "log"),
+        ([6.0] * 18 + [60.1], "linear"),
+        ([0.0] + [6.0] * 18 + [60.1], "linear"),
+    ],
+)
+def test_gradient_norms_are_on_a_log_scale_where_one_is_ten_times_the_median(
+    norms: list[float], scale: str, tmp_path: Path
+) -> None:
+    found = read(tmp_path, [{"step": step, "grad_norm": norm} for step, norm in enumerate(norms)])
+    note = next(note for note in training_panels(found, RUN) if note.panel.title == "Gradient norm")
+    assert note.panel.scale == scale
+    assert ("log scale" in note.text) == (scale == "log")
 
 
 def test_panels_of_training_show_their_own_figure(history: History) -> None:
