@@ -57,6 +57,7 @@ VERIFY = (
     "tests/train/test_routes.py",
     "tests/train/test_along.py",
     "tests/pipeline/test_verify_limits.py",
+    "tests/pipeline/test_verdicts.py",
     "tests/ranks/test_planted_defects.py::test_a_flip_fails_by_its_margin_alone_and_the_rest_is_compared_on_equal_routes",
     "tests/ranks/test_planted_defects.py::test_healthy_twins_and_routers_pass_too",
 )
