@@ -18,6 +18,9 @@ from limoe_dist.config import rules
 from limoe_dist.config.schema import Eval, Image, Model, Moe, Optim, Parallel, Run, Text, Train
 from tests.oracle.step import Batch
 
+FOCI = ("no experts", "two towers", "pruned experts", "two pools", "sums", "groups", "cooldown")
+"""What chance alone would draw too rarely: models without experts and of two towers; experts that are pruned, or of one
+modality; priorities that are sums of gates; microbatches of several routing groups; a rate that cools down."""
 AUX_LOSSES = ("importance", "load", "z", "local_image", "local_text", "global_image", "global_text")
 VOCABULARY = 48
 
@@ -59,19 +62,18 @@ def perturbed(weights: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray
 
 
 @st.composite
-def cases(draw: DrawFn, *, ranks: int = 1, steps: int = 3) -> Case:
-    """A case that `ranks` ranks can train: its layout is drawn too."""
+def cases(draw: DrawFn, *, ranks: int = 1, steps: int = 3, focus: str = "") -> Case:
+    """A case that `ranks` ranks can train: its layout is drawn too. focus: one of FOCI, which it is sure to be."""
     tp = draw(st.sampled_from([size for size in (1, 2, 4) if ranks % size == 0]))
     heads = tp * draw(st.integers(1, 2))
     width, depth = heads * draw(st.sampled_from([6, 4, 8])), draw(st.integers(1, 3))
-    dense, two_towers = draw(st.sampled_from([(False, False)] * 3 + [(True, False), (True, True)]))
     model = Model(
         width=width,
         depth=depth,
         heads=heads,
         mlp_dim=tp * draw(st.integers(3, 9)),
         embed_dim=draw(st.integers(3, 9)),
-        towers="two" if two_towers else "one",
+        towers="two" if focus == "two towers" else "one",
         init_temperature=draw(st.sampled_from([0.1, 0.07, 0.5])),
     )
     patch = draw(st.sampled_from([2, 3]))
@@ -80,15 +82,21 @@ def cases(draw: DrawFn, *, ranks: int = 1, steps: int = 3) -> Case:
         length=draw(st.integers(2, 5)), vocab_size=VOCABULARY, pad=draw(st.sampled_from(["masked", "token", "masked"]))
     )
     group_pairs = draw(st.integers(1, 3))
-    blocks = () if dense else tuple(sorted(draw(st.sets(st.integers(0, depth - 1), min_size=1))))
-    ep = draw(st.sampled_from([size for size in (1, 2, 4) if ranks % size == 0])) if blocks else 1
+    blocks = (
+        ()
+        if focus in ("no experts", "two towers")
+        else tuple(sorted(draw(st.sets(st.integers(0, depth - 1), min_size=1))))
+    )
+    ep = draw(st.sampled_from([size for size in (1, 2, 4) if ranks % size == 0]))
+    if not blocks or focus == "pruned experts":
+        ep = 1
     tokens = group_pairs * ((image.size // patch) ** 2 + text.length)
-    moe = Moe(blocks=blocks, group_pairs=group_pairs, **draw(_routing(ep, len(blocks), tokens)), **draw(_aux()))
+    moe = Moe(blocks=blocks, group_pairs=group_pairs, **draw(_routing(ep, len(blocks), tokens, focus)), **draw(_aux()))
     moe = draw(_thresholds(moe))
-    pairs = ranks * group_pairs * draw(st.sampled_from([2, 4, 1, 3, 4]))
+    pairs = ranks * group_pairs * (4 if focus == "groups" else draw(st.integers(1, 3)))
     if pairs < 2 * ranks:
         pairs *= 2
-    optim = draw(_optim(steps))
+    optim = draw(_optim(steps, focus))
     own = pairs // ranks
     sizes = [size for size in range(1, own) if own % size == 0 and size % group_pairs == 0]
     train = Train(
@@ -96,7 +104,7 @@ def cases(draw: DrawFn, *, ranks: int = 1, steps: int = 3) -> Case:
         batch_pairs=pairs,
         seed=draw(st.sampled_from([0, 5, 2**40])),
         dtype="fp64",
-        microbatch_pairs=draw(st.sampled_from([0, *sizes, *sizes[-1:]])),
+        microbatch_pairs=2 * group_pairs if focus == "groups" else draw(st.sampled_from([0, *sizes])),
         recompute=draw(st.booleans()),
         contrastive_chunk=draw(st.sampled_from([0, 1, 3])),
     )
@@ -119,20 +127,25 @@ def cases(draw: DrawFn, *, ranks: int = 1, steps: int = 3) -> Case:
 
 
 @st.composite
-def _routing(draw: DrawFn, ep: int, num_blocks: int, tokens: int) -> dict[str, Any]:
+def _routing(draw: DrawFn, ep: int, num_blocks: int, tokens: int, focus: str) -> dict[str, Any]:
     """Experts, their pools, who chooses how many of them, and who gets a slot; an expert has one slot at least."""
-    experts = draw(st.sampled_from([size for size in (2, 3, 4, 5, 8) if size % ep == 0 and size <= tokens]))
-    pool = draw(st.sampled_from([max(1, experts // 2), 0, 0])) if experts > 2 else 0
+    least = 4 if focus in ("pruned experts", "two pools", "sums") else 2
+    experts = draw(st.sampled_from([n for n in (2, 3, 4, 5, 8) if n % ep == 0 and least <= n <= tokens]))
+    pool = max(1, experts // 2) if focus == "two pools" or (not focus and draw(st.booleans())) else 0
     kept: tuple[str, ...] = ()
     choosable = min(pool, experts - pool) if pool else experts
-    if ep == 1 and not pool and experts > 3 and draw(st.sampled_from([True, True, False])):
+    if focus == "pruned experts" or (not focus and ep == 1 and not pool and draw(st.booleans())):
         kept = tuple(
             " ".join(map(str, sorted(draw(st.sets(st.integers(0, experts - 1), min_size=2)))))
             for _ in range(num_blocks)
         )
         choosable = min([experts, *(len(numbers.split()) for numbers in kept)])
-    top_k = draw(st.integers(1, min(3, choosable)))
-    priority = draw(st.sampled_from(["sum", "max"])) if top_k < choosable else "max"
+    if focus == "sums":
+        top_k, order, priority = draw(st.integers(2, 3)), "priority", "sum"
+    else:
+        top_k = draw(st.integers(1, min(3, choosable)))
+        order = draw(st.sampled_from(["priority", "priority", "images_first", "text_first", "random"]))
+        priority = draw(st.sampled_from(["max", "sum"])) if top_k < choosable else "max"
     eval_capacity = draw(st.sampled_from(["full", "paper"]))
     factors = [factor for factor in (1.0, 0.7, 1.3) if tokens * top_k * factor >= experts]
     eval_factors = [0.0, *(factor for factor in (0.8, 1.5) if tokens * top_k * factor >= experts)]
@@ -143,7 +156,7 @@ def _routing(draw: DrawFn, ep: int, num_blocks: int, tokens: int) -> dict[str, A
         "capacity_multiple": draw(st.sampled_from([1, 2, 4])),
         "eval_capacity": eval_capacity,
         "eval_capacity_factor": draw(st.sampled_from(eval_factors)) if eval_capacity == "paper" else 0.0,
-        "order": draw(st.sampled_from(["priority", "images_first", "priority", "text_first", "priority", "random"])),
+        "order": order,
         "priority": priority,
         "routers": draw(st.sampled_from(["shared", "per_modality"])),
         "image_experts": pool,
@@ -176,9 +189,9 @@ def _thresholds(draw: DrawFn, moe: Moe) -> Moe:
 
 
 @st.composite
-def _optim(draw: DrawFn, steps: int) -> Optim:
+def _optim(draw: DrawFn, steps: int, focus: str) -> Optim:
     name = draw(st.sampled_from(["adamw", "adafactor"]))
-    warmup = draw(st.integers(0, steps - 1))
+    warmup = draw(st.integers(0, steps - 2 if focus == "cooldown" else steps - 1))
     timescale = draw(st.integers(1, 9))
     return Optim(
         name=name,
@@ -194,5 +207,5 @@ def _optim(draw: DrawFn, steps: int) -> Optim:
         warmup_steps=warmup,
         timescale=timescale,
         # All that warm-up leaves of `steps + timescale`: it lowers the rate of the step after the peak, and on.
-        cooldown_steps=draw(st.sampled_from([0, timescale + steps - warmup])),
+        cooldown_steps=(timescale + steps - warmup) * (focus == "cooldown" or draw(st.integers(0, 1))),
     )

@@ -6,10 +6,12 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from tests.oracle import product
-from tests.oracle.cases import Case, cases, perturbed
+from tests.oracle.cases import FOCI, Case, cases, perturbed
 from tests.oracle.log import log_line
 from tests.oracle.step import StepResult, Trainer, forward
 from tests.support.ranks import RanksPool
@@ -44,72 +46,57 @@ ELSEWHERE = {
 pixels, the size of a table, other engines, and files."""
 
 
-class Seen:
-    """What the cases that were compared hold."""
+@settings(max_examples=200, phases=(Phase.generate,))
+@given(data=st.data())
+def draw(data: st.DataObject, seen: dict[str, set[Any]]) -> None:
+    run = data.draw(cases(focus=data.draw(st.sampled_from(["", *FOCI])))).run
+    for section in ("model", "image", "text", "moe", "optim", "train"):
+        for name, value in getattr(run, section):
+            if name not in ELSEWHERE.get(section, ()):
+                seen.setdefault(f"{section}.{name}", set()).add(value)
 
-    def __init__(self) -> None:
-        self.values: dict[str, set[Any]] = {}
-        """Of each setting that decides a step."""
-        self.facts: Counter[str] = Counter()
-        """Steps or cases in which something happened."""
 
-    def add(self, case: Case, results: list[StepResult]) -> None:
-        run, moe = case.run, case.run.moe
-        for section in ("model", "image", "text", "moe", "optim", "train"):
-            for name, value in getattr(run, section):
-                if name not in ELSEWHERE.get(section, ()):
-                    self.values.setdefault(f"{section}.{name}", set()).add(value)
-        own = run.train.microbatch_pairs
-        facts = {
-            "cases without experts": not moe.blocks and run.model.towers == "one",
-            "cases of two towers": run.model.towers == "two",
-            "cases of pruned experts": bool(moe.blocks and moe.kept_experts),
-            "cases of two pools": bool(moe.blocks and moe.image_experts),
-            "microbatches of several groups": own > moe.group_pairs,
-            "priorities that are sums": bool(moe.blocks)
-            and moe.top_k > 1
-            and (moe.order, moe.priority) == ("priority", "sum"),
-            "rates that cool down": 0 < run.optim.cooldown_steps > run.train.steps - len(results) + 1,
+def test_every_setting_that_decides_a_step_is_drawn_with_several_values() -> None:
+    seen: dict[str, set[Any]] = {}
+    draw(seen=seen)
+    assert [name for name, values in seen.items() if len(values) < 2] == []
+
+
+def facts_of(case: Case, results: list[StepResult]) -> set[str]:
+    """What of FOCI the case is, and what happened in its steps."""
+    run, moe = case.run, case.run.moe
+    facts = {
+        "no experts": not moe.blocks and run.model.towers == "one",
+        "two towers": run.model.towers == "two",
+        "pruned experts": bool(moe.blocks and moe.kept_experts),
+        "two pools": bool(moe.blocks and moe.image_experts),
+        "sums": bool(moe.blocks) and moe.top_k > 1 and (moe.order, moe.priority) == ("priority", "sum"),
+        "groups": run.train.microbatch_pairs > moe.group_pairs,
+        "cooldown": run.optim.cooldown_steps > run.train.steps - len(results) + 1,
+    }
+    for result, kind in zip(results, case.given, strict=True):
+        blocks = result.forward.blocks.values()
+        facts |= {
+            kind: True,
+            "clipped" if result.grad_norm > run.optim.clip_norm else "not clipped": True,
+            "dropped tokens": facts.get("dropped tokens", False)
+            or any((block.kept_E2.sum(1) < block.routed_E2.sum(1)).any() for block in blocks),
+            "idle experts": facts.get("idle experts", False)
+            or any((block.routed_E2.sum(1) == 0).any() for block in blocks),
         }
-        self.facts.update({name for name, met in facts.items() if met})
-        for result, kind in zip(results, case.given, strict=True):
-            self.facts[kind] += 1
-            self.facts["clipped" if result.grad_norm > run.optim.clip_norm else "not clipped"] += 1
-            blocks = result.forward.blocks.values()
-            self.facts["dropped tokens"] += any((b.kept_E2.sum(1) < b.routed_E2.sum(1)).any() for b in blocks)
-            self.facts["idle experts"] += any((b.routed_E2.sum(1) == 0).any() for b in blocks)
-
-
-ALONE = {
-    "pairs": 30,
-    "images": 10,
-    "texts": 10,
-    "clipped": 20,
-    "not clipped": 20,
-    "dropped tokens": 20,
-    "idle experts": 5,
-    "cases without experts": 2,
-    "cases of two towers": 2,
-    "cases of pruned experts": 2,
-    "cases of two pools": 2,
-    "microbatches of several groups": 3,
-    "priorities that are sums": 2,
-    "rates that cool down": 3,
-}
-"""At least so often each of these is compared in one process."""
-ON_RANKS = {"pairs": 8, "images": 1, "texts": 1, "clipped": 3, "not clipped": 3, "dropped tokens": 4, "idle experts": 1}
+    return {name for name, met in facts.items() if met}
 
 
 def starting_weights(case: Case) -> dict[str, np.ndarray]:
     return perturbed(product.initial_weights(case.run), case.seed)
 
 
-# A failing case is printed as it is: shrinking it would train hundreds of others first.
-DRAWN = settings(max_examples=50, phases=(Phase.generate,))
-DRAWN_ON_RANKS = settings(max_examples=8, phases=(Phase.generate,))
+def drawn(examples: int) -> settings:
+    """A failing case is printed as it is: shrinking it would train hundreds of others first."""
+    return settings(max_examples=examples, phases=(Phase.generate,))
 
 
-@DRAWN
+@drawn(30)
 @given(case=cases())
 def test_a_forward_pass_is_that_of_the_paper(case: Case) -> None:
     run, weights = case.run, starting_weights(case)
@@ -142,33 +129,41 @@ def compare_blocks(found: Any, route: Any, wanted: Any, *, training: bool) -> No
             close(found.losses[name], loss, name)
 
 
-@DRAWN
+@drawn(30)
 @given(case=cases())
-def compare_alone(case: Case, seen: Seen) -> None:
+def compare_any(case: Case, facts: Counter[str]) -> None:
     weights = starting_weights(case)
     ranks = [product.trained(case.run.model_dump_json(), weights, case.batches())]
-    seen.add(case, compare_training(case, weights, ranks))
+    facts.update(facts_of(case, compare_training(case, weights, ranks)))
 
 
 def test_three_steps_of_one_process_are_those_of_the_oracle() -> None:
-    seen = Seen()
-    compare_alone(seen=seen)
-    assert [name for name, values in seen.values.items() if len(values) < 2] == []
-    assert {name: seen.facts[name] for name, least in ALONE.items() if seen.facts[name] < least} == {}
+    facts: Counter[str] = Counter()
+    compare_any(facts=facts)
+    wanted = {"pairs", "images", "texts", "clipped", "not clipped", "dropped tokens", "idle experts"}
+    assert wanted - set(facts) == set()
 
 
-@DRAWN_ON_RANKS
-@given(case=cases(ranks=4))
-def compare_on_ranks(case: Case, pool: RanksPool, seen: Seen) -> None:
+@pytest.mark.parametrize("focus", FOCI)
+@drawn(4)
+@given(data=st.data())
+def test_three_steps_of_rarer_cases_are_those_of_the_oracle(focus: str, data: st.DataObject) -> None:
+    case = data.draw(cases(focus=focus))
     weights = starting_weights(case)
-    ranks = pool.run(product.trained, case.run.model_dump_json(), weights, case.batches())
-    seen.add(case, compare_training(case, weights, ranks))
+    ranks = [product.trained(case.run.model_dump_json(), weights, case.batches())]
+    assert focus in facts_of(case, compare_training(case, weights, ranks))
+
+
+@drawn(6)
+@given(data=st.data())
+def compare_on_ranks(pool: RanksPool, data: st.DataObject) -> None:
+    case = data.draw(cases(ranks=4, focus=data.draw(st.sampled_from(["", "", *FOCI]))))
+    weights = starting_weights(case)
+    compare_training(case, weights, pool.run(product.trained, case.run.model_dump_json(), weights, case.batches()))
 
 
 def test_three_steps_of_four_ranks_are_those_of_the_oracle(ranks4: RanksPool) -> None:
-    seen = Seen()
-    compare_on_ranks(pool=ranks4, seen=seen)
-    assert {name: seen.facts[name] for name, least in ON_RANKS.items() if seen.facts[name] < least} == {}
+    compare_on_ranks(pool=ranks4)
 
 
 def compare_training(case: Case, weights: dict[str, np.ndarray], ranks: list[product.Trained]) -> list[StepResult]:
