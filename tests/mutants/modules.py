@@ -12,7 +12,6 @@ ORACLE = (
     "tests/oracle/test_product.py::test_three_steps_of_one_process_are_those_of_the_oracle",
     "tests/oracle/test_product.py::test_three_steps_of_rarer_cases_are_those_of_the_oracle",
 )
-ORACLE_ON_RANKS = "tests/oracle/test_product.py::test_three_steps_of_four_ranks_are_those_of_the_oracle"
 GOLDEN = ("tests/model/test_layer_golden.py", "tests/model/test_tower_golden.py")
 INITIAL = "tests/draws/test_initial_values.py"
 MODEL = ("tests/model", INITIAL)
