@@ -69,6 +69,14 @@ def test_a_picture_is_flipped_below_the_setting_and_not_at_it(monkeypatch: pytes
         assert augment_params(POSITIONS[:1], ALL, seed=0).mirror.tolist() == [flipped]
 
 
+def test_the_parameters_of_some_pictures_are_theirs_and_of_none_there_are_none() -> None:
+    params = augment_params(POSITIONS[:5], ALL, seed=0)
+    some = params.take([4, 1])
+    for name, value in vars(params).items():
+        assert (getattr(some, name) == value[[4, 1]]).all(), name
+        assert getattr(params.take([]), name).shape == (0, *value.shape[1:]), name
+
+
 def test_about_a_quarter_is_flipped() -> None:
     # 4000 flips at 1/4: 1000, standard deviation 27.
     assert abs(int(augment_params(POSITIONS, ALL, seed=0).mirror.sum()) - 1000) < 137

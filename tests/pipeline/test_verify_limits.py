@@ -428,6 +428,8 @@ def test_the_facts_are_counts_of_both_modalities() -> None:
     # 16 pairs in groups of 2.
     assert found.groups == {"pictures and captions": 16, "pictures alone": 8, "captions alone": 8}
     assert found.norms == [3.0, 0.5, 0.25, 3.0]
+    (busy,) = passes_of([[12, 4], [0, 4], [1, 0]], [[12, 3], [0, 4], [1, 0]]).passes
+    assert facts_of(run, [busy, images, texts, busy], Mesh.single()).idle == {}  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,12 @@ def test_a_checkpoint_of_other_data_or_of_an_impossible_position_is_refused(
     assert not problems or named in problems[0]
 
 
+def test_a_run_whose_first_weights_are_gone_does_not_begin(tmp_path: Path) -> None:
+    run = restart(tmp_path, run=RUN.model_copy(update={"train": Train(init_from=str(tmp_path / "gone"))}))
+    with pytest.raises(UserError, match=r"train\.init_from=.*gone is gone, and the run has no checkpoint of its own"):
+        run.initialise()
+
+
 def test_checkpoints_that_were_passed_by_are_put_aside_and_told_by_rank_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
