@@ -362,6 +362,8 @@ def test_fewer_than_sixteen_bad_rows_never_stop_a_run(tmp_path: Path) -> None:
 def test_closing_early_ends_the_thread_and_the_iteration(clean: Path) -> None:
     loader = a_loader(a_run(steps=1000, prefetch=2), clean)
     assert next(loader).step == 0
+    # A program that forgets to close it can still end.
+    assert loader._thread.daemon
     with mock.patch.object(loader, "_prepare", wraps=loader._prepare) as prepare:
         loader.close()
     # The one that a thread in the midst of its loop may still begin.

@@ -82,6 +82,7 @@ def test_correct_counts_the_pairs_that_find_each_other(chunk):
     text_BP = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]])
     found = share(image_BP, text_BP, slice(0, 3), torch.tensor(10.0), chunk)
     assert found.correct.tolist() == [2.0, 2.0]
+    assert not found.correct.requires_grad
     # The second and third pair alone, against the same columns: image 1, and text 1.
     assert share(image_BP, text_BP, slice(1, 3), torch.tensor(10.0), chunk).correct.tolist() == [1.0, 1.0]
 

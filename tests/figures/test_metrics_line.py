@@ -320,6 +320,17 @@ def test_success_is_the_lowest_of_the_blocks_that_have_one(rates: list[float | N
     assert success(figures, "text") == lowest
 
 
+def test_tensorboard_forgets_what_comes_after_the_step_that_a_run_goes_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        "torch.utils.tensorboard.SummaryWriter", lambda folder, *, purge_step: calls.append((folder, purge_step))
+    )
+    Log(tmp_path, RUN.model_copy(update={"log": LogSettings(tensorboard=True)}), first_step=40, writes=True)
+    assert calls == [(str(tmp_path / "tensorboard"), 41)]
+
+
 HOSTS = ["n1", "n1", "n2", "n3"]
 
 

@@ -158,3 +158,18 @@ def test_the_temperature_begins_as_the_settings_say(towers: str) -> None:
     built = build_model(run.model_copy(update={"model": model, "moe": moe}), mesh=Mesh.single(), device=CPU)
     assert built.log_scale.item() == pytest.approx(math.log(2), abs=1e-15)
     assert built.scale.item() == pytest.approx(2, abs=1e-15)
+
+
+@pytest.mark.parametrize("towers", ["one", "two"])
+def test_a_model_without_experts_trains_on_any_number_of_pairs(towers: str) -> None:
+    run = small_run("fp64")
+    dense = run.model_copy(
+        update={
+            "model": run.model.model_copy(update={"towers": towers}),
+            "moe": run.moe.model_copy(update={"blocks": ()}),
+        }
+    )
+    images, tokens, valid = (whole[:3] for whole in batch(0, torch.float64))
+    model = perturbed_model(dense, Mesh.single())
+    found = model(images, tokens, valid, mode=RoutingMode(training=True, seed=0, step=0, first_group=0))
+    assert found.image_BP.shape == found.text_BP.shape == (3, dense.model.embed_dim)

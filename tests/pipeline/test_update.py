@@ -138,6 +138,19 @@ def test_the_norm_of_float32_gradients_is_summed_in_float64() -> None:
     assert engine.norm()[0].item() == pytest.approx(math.sqrt(squares), rel=1e-14)
 
 
+def test_adafactor_hardly_moves_where_the_gradient_is_rounding() -> None:
+    # The square of the gradient and 1e-30 are added: of 1e-15 the step is 1 / sqrt(2) of that of a large gradient.
+    changes = []
+    for grad in (1.0, 1e-15):
+        model, engine = engine_of(name="adafactor", weight_decay=0.0)
+        before = model.bias.detach().clone()
+        give(engine, (model.bias, [grad, -grad]), (model.kernel, [[0.0] * 3] * 2))
+        engine.step(0.1)
+        changes.append(model.bias.detach() - before)
+    assert changes[0].abs().min() > 1e-3
+    torch.testing.assert_close(changes[1], changes[0] / math.sqrt(2), rtol=1e-9, atol=0)
+
+
 def test_a_norm_that_is_handed_in_is_the_one_that_clips() -> None:
     model, engine = engine_of(clip_norm=1.0)
     give(engine, (model.bias, [3.0, 4.0]))
